@@ -1,0 +1,44 @@
+"""Progress as plain lines, for a log file or a batch system."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import lightning as L
+
+log = logging.getLogger(__name__)
+
+
+class ConsoleLog(L.Callback):
+    """Logs a line at most every ``seconds`` seconds of training, and one for every validation."""
+
+    def __init__(self, seconds: float = 15.0) -> None:
+        self.seconds = seconds
+        self._last = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where training starts."""
+        self._last = time.monotonic()
+        place = (trainer.global_step, trainer.current_epoch + 1, trainer.max_epochs)
+        log.info("training starts at step %d, pass %d of %s", *place)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the step and the loss now and then."""
+        if time.monotonic() - self._last < self.seconds:
+            return
+        self._last = time.monotonic()
+        place = f"pass {trainer.current_epoch + 1}, batch {batch_idx + 1} of {trainer.num_training_batches}"
+        log.info("step %d (%s): %s", trainer.global_step, place, _format(trainer))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the metrics of a validation."""
+        log.info("validation at step %d: %s", trainer.global_step, _format(trainer, "val/"))
+
+
+def _format(trainer: L.Trainer, prefix: str = "train/loss") -> str:
+    values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+    return ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,86 @@
+"""Checkpoints that describe themselves: everything needed to rebuild the model lies beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.errors import QatError
+from qat.insert import quantize
+from qat.models import build_float
+from qat.recipe import Rule
+
+KEY = "qat"
+FORMAT = 1
+PREFIX = "model."  # what the LightningModule puts before every name of the timm model
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint says of its model; plain data only, so it loads under ``weights_only=True``.
+
+    Args:
+        arch: timm model name.
+        model_args: further arguments of the timm constructor.
+        num_classes: outputs of the head.
+        rules: the resolved recipe, widths as integers.
+        preprocessing: fields of `Preprocessing`.
+        classes: class names in label order, empty when unknown.
+    """
+
+    arch: str
+    model_args: dict[str, Any]
+    num_classes: int
+    rules: list[dict[str, Any]]
+    preprocessing: dict[str, Any]
+    classes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored under the key ``qat`` of a checkpoint."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any], source: str) -> Card:
+        """Read what `to_dict` made; QatError for another format."""
+        if stored.get("format") != FORMAT:
+            raise QatError(f"{source} has format {stored.get('format')}, this version of qat reads format {FORMAT}")
+        return cls(**{field.name: stored[field.name] for field in fields(cls)})
+
+    def build(self) -> nn.Module:
+        """The quantised model with random weights and uncalibrated steps."""
+        model = build_float(self.arch, None, self.num_classes, self.model_args)
+        return quantize(model, [Rule.from_dict(rule) for rule in self.rules]) if self.rules else model
+
+
+def read(path: str | Path) -> tuple[Card, dict[str, Any]]:
+    """The card and the whole content of a checkpoint; QatError if the file is missing or not one of ours."""
+    path = Path(path)
+    if not path.is_file():
+        raise QatError(
+            f"no checkpoint {path}: --ckpt takes a file that `qat fit` wrote, such as runs/NAME/DATE/last.ckpt"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError, ValueError) as error:
+        raise QatError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or KEY not in content:
+        raise QatError(
+            f"{path} does not describe a quantised model, so it was not written by `qat fit`; "
+            "float weights are given as --model.checkpoint FILE"
+        )
+    return Card.from_dict(content[KEY], str(path)), content
+
+
+def load(path: str | Path) -> nn.Module:
+    """The quantised model of a checkpoint, in evaluation mode, on the CPU, from this one file alone."""
+    card, content = read(path)
+    model = card.build()
+    weights = {name.removeprefix(PREFIX): value for name, value in content["state_dict"].items()}
+    model.load_state_dict(weights, strict=True)
+    return model.eval()

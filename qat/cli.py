@@ -1,0 +1,242 @@
+"""The command line: `qat fit | validate | predict | describe`, LightningCLI over our three classes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from rich.logging import RichHandler
+
+from qat import checkpoint
+from qat.callbacks import Calibrate, ConsoleLog, RecordSites
+from qat.data import ImageNetDataModule
+from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
+from qat.errors import QatError
+from qat.models import default_preprocessing
+from qat.module import QATModule
+from qat.recipe import build_recipe
+from qat.trainer import Trainer
+
+DESCRIPTION = "Low-bit quantization of timm vision transformers. Start with: qat fit --config configs/deit_t_w4a4.yaml"
+RUN_FOLDER = "QAT_RUN_FOLDER"  # started processes inherit it, so all ranks of a run share one folder
+RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")
+TRAINER_DEFAULTS = {
+    "reload_dataloaders_every_n_epochs": 1,  # passes differ in crops per image
+    "use_distributed_sampler": False,  # the data module spreads the images itself
+    "num_sanity_val_steps": 0,
+}
+
+
+class QatCLI(LightningCLI):
+    """Settles, before anything is built, what comes from the checkpoint, from the data and from timm."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and the arguments of each that are not options."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
+            "validate": {"model", "datamodule", "ckpt_path"},
+            "predict": {"model", "datamodule", "ckpt_path"},
+            "describe": {"model"},
+        }
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One seed for everything."""
+        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of weights, image order and crops.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options that belong to no class."""
+        parser.add_argument("--ckpt", type=Path | None, default=None, help="Checkpoint that describes its own model.")
+        parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the config's when null.")
+        parser.add_argument("--runs", type=Path, default=Path("runs"), help="Runs go to RUNS/NAME/DATE.")
+        parser.add_lightning_class_args(Calibrate, "calibration")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and keep apart what was really given: a checkpoint must not be contradicted."""
+        self.config = parser.parse_args(args)
+        self.given = parser.parse_args(args, defaults=False)
+
+    def before_instantiate_classes(self) -> None:
+        """Everything that can be wrong is looked at here, before a model is built or downloaded."""
+        config = self.config[self.subcommand]
+        model, data = config.model, config.data
+        self.ckpt: Path | None = config.ckpt
+        if self.ckpt is not None:
+            card = self._card(self.ckpt)
+            model.update({"recipe": "float", "rules": card.rules, "w_bits": None, "a_bits": None})
+            model.update({"arch": card.arch, "model_args": card.model_args, "num_classes": card.num_classes})
+            model.update({"checkpoint": None, "fresh_head": False, "classes": card.classes})
+            data.preprocessing = model.preprocessing = card.preprocessing
+        if model.arch is None:
+            raise QatError("model.arch is not set: give the name of a timm model, a --config or a --ckpt")
+        table = build_recipe(model.recipe, model.rules or [], model.w_bits, model.a_bits)
+        stated = {**(model.preprocessing or {}), **(data.preprocessing or {})}
+        preprocessing = default_preprocessing(model.arch, model.model_args).override(stated)
+        data.preprocessing = model.preprocessing = preprocessing.to_dict()
+        data.seed = config.seed_everything if data.seed is None else data.seed
+        calibrated_only = bool(table) and self.ckpt is None
+        self._check_data(model, data, needs_train=self.subcommand == "fit" or calibrated_only)
+        if self.subcommand != "fit":
+            model.teacher = None
+        if self.subcommand == "describe":
+            model.checkpoint = None
+
+    def _card(self, path: Path) -> checkpoint.Card:
+        """What the checkpoint says of its model; QatError when an option says something else."""
+        card, _ = checkpoint.read(path)
+        given = self.given[self.subcommand]
+        options = given.get("model") or Namespace()
+        for key in ("arch", "model_args", "num_classes"):
+            if options.get(key, None) is not None and options[key] != getattr(card, key):
+                raise _contradiction(path, f"model.{key}", options[key], getattr(card, key))
+        recipe = {key: options[key] for key in RECIPE_KEYS if options.get(key, None) is not None}
+        if recipe and not _same_recipe(recipe, card.rules):
+            raise _contradiction(path, "the recipe", recipe, "another one (`qat describe --ckpt` shows it)")
+        for group in ("data", "model"):
+            for key, value in ((given.get(group) or Namespace()).get("preprocessing") or {}).items():
+                if value != card.preprocessing.get(key):
+                    raise _contradiction(path, f"{group}.preprocessing.{key}", value, card.preprocessing.get(key))
+        return card
+
+    def _check_data(self, model: Namespace, data: Namespace, needs_train: bool) -> None:
+        """Look at the folders; the number of classes follows them."""
+        if self.subcommand == "describe":
+            return
+        if self.subcommand == "predict" and data.images is not None:
+            find_loose_images(Path(data.images))
+            if needs_train and data.root is None:
+                raise QatError("data.root is not set: a model without --ckpt is calibrated on root/train")
+        elif data.root is None:
+            raise QatError("data.root is not set: give the folder with train/<class>/*.JPEG and val/<class>/*.JPEG")
+        if data.root is None:
+            return
+        root = Path(data.root)
+        for split in ("train", "val") if self.subcommand == "fit" else ("train",) if needs_train else ():
+            find_images(root / split)
+        if self.subcommand in ("validate", "predict") and data.images is None:
+            find_images(root / "val")
+        classes = class_names_of(root) if (root / "train").is_dir() else class_names(root / "val")
+        if self.ckpt is not None and model.classes and classes != model.classes:
+            other = next((c for c in classes if c not in model.classes), classes[0])
+            raise QatError(
+                f"data.root {root} has {len(classes)} classes, the checkpoint {len(model.classes)} others: "
+                f"class {other!r} differs"
+            )
+        if model.num_classes not in (None, len(classes)):
+            raise QatError(f"model.num_classes is {model.num_classes}, but {root} has {len(classes)} classes")
+        model.num_classes, model.classes = len(classes), classes
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks and the run folder of a training run."""
+        config = self.config_init[self.subcommand].trainer
+        callbacks = [*(config.callbacks or []), *_progress(config)]
+        if self.subcommand == "fit":
+            run = self._run_folder()
+            callbacks += _recorders(run)
+            kwargs["max_epochs"] = config.max_epochs or len(self.datamodule.passes)
+            kwargs["default_root_dir"] = run
+            if config.logger in (None, True):
+                kwargs["logger"] = CSVLogger(run, name="", version="", flush_logs_every_n_steps=20)
+        else:
+            self.save_config_callback = None
+            kwargs |= {"logger": False, "enable_checkpointing": False}
+        kwargs["enable_progress_bar"] = False if config.enable_progress_bar is False else sys.stdout.isatty()
+        trainer: Trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        if self.ckpt is not None or self.subcommand == "describe":
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Calibrate)]  # type: ignore[attr-defined]
+        return trainer
+
+    def _run_folder(self) -> Path:
+        config = self.config[self.subcommand]
+        files = [str(path) for path in config.config or [] if path]
+        name = config.name or (Path(files[-1]).stem if files else config.model.arch)
+        fresh = config.runs / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        return Path(os.environ.setdefault(RUN_FOLDER, str(fresh)))
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, from a checkpoint if there is one."""
+        self.trainer.fit(ckpt_path=self.ckpt, **kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate, a checkpoint if there is one."""
+        self.trainer.validate(ckpt_path=self.ckpt, **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict, with a checkpoint if there is one."""
+        self.trainer.predict(ckpt_path=self.ckpt, **kwargs)
+
+    def describe(self, model: QATModule, datamodule: Any = None, **kwargs: Any) -> None:
+        """Print the table; the steps of a checkpoint are loaded, so that it shows them as calibrated."""
+        if self.ckpt is not None:
+            model.model.load_state_dict(checkpoint.load(self.ckpt).state_dict())
+        self.trainer.describe(model, **kwargs)  # type: ignore[attr-defined]
+
+
+def _same_recipe(given: dict[str, Any], rules: list[dict[str, Any]]) -> bool:
+    try:
+        recipe = build_recipe(given.pop("recipe", "float"), given.pop("rules", []), **given)
+    except QatError:
+        return False
+    return [rule.to_dict() for rule in recipe] == rules
+
+
+def _contradiction(path: Path, key: str, given: Any, stored: Any) -> QatError:
+    return QatError(f"{key} is {given}, but the checkpoint {path} has {stored}: leave the option out")
+
+
+def _progress(config: Namespace) -> list[Callback]:
+    if config.enable_progress_bar is False:
+        return []
+    return [RichProgressBar()] if sys.stdout.isatty() else [ConsoleLog()]
+
+
+def _recorders(run: Path) -> list[Callback]:
+    """What a training run saves: its table, the last checkpoint, and the best one, selected on validation images."""
+    best = ModelCheckpoint(
+        run, "best_on_val_{epoch}", monitor="val/top1", mode="max", save_top_k=1, auto_insert_metric_name=False
+    )
+    last = ModelCheckpoint(run, "last", enable_version_counter=False)
+    return [RecordSites(run), LearningRateMonitor("step"), best, last]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when it succeeded, 2 with one line on stderr when the input was bad."""
+    _set_up_logging()
+    os.environ.pop(RUN_FOLDER, None) if "LOCAL_RANK" not in os.environ else None
+    try:
+        QatCLI(
+            QATModule,
+            ImageNetDataModule,
+            trainer_class=Trainer,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"prog": "qat", "exit_on_error": False, "description": DESCRIPTION},
+            save_config_kwargs={"overwrite": False},
+            auto_configure_optimizers=False,
+            args=list(sys.argv[1:] if args is None else args),
+        )
+    except (QatError, ArgumentError) as error:
+        print(f"qat: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def console() -> None:
+    """Entry point of the command `qat`."""
+    sys.exit(main())
+
+
+def _set_up_logging() -> None:
+    handler: logging.Handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,0 +1,98 @@
+"""Random crop boxes and their replay on an image. Shapes: S side of the square that comes out, pixels.
+
+The law is that of torchvision's RandomResizedCrop; the random numbers are a function of (seed, epoch, index) and of
+nothing else, so neither the number of workers nor a resumed run changes a crop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qat.errors import QatError
+
+TRIES = 10  # boxes drawn before the central fallback, as in torchvision
+
+
+@dataclass(frozen=True)
+class CropLaw:
+    """Distribution of crop boxes; raises QatError for an empty or impossible range.
+
+    Args:
+        scale: lowest and highest area of a box, as a part of the image's area.
+        ratio: lowest and highest width / height of a box; its logarithm is uniform.
+        flip: probability of a horizontal flip.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "ratio"):
+            value = tuple(float(v) for v in getattr(self, name))
+            if len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
+                raise QatError(f"crop {name} is {value}: two numbers are needed, 0 < lowest <= highest")
+            object.__setattr__(self, name, value)
+        if self.scale[1] > 1:
+            raise QatError(f"crop scale is {self.scale}: a crop has at most the area of its image, so highest <= 1")
+        if not 0 <= self.flip <= 1:
+            raise QatError(f"crop flip is {self.flip}: a probability lies in 0..1")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A box in pixels of its image, and whether the result is mirrored left to right."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def rng_for(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one visit to one image; all three numbers must be non-negative."""
+    return np.random.default_rng([seed, epoch, index])
+
+
+def draw(law: CropLaw, height: int, width: int, rng: np.random.Generator) -> Crop:
+    """One box inside an image of the given height and width, pixels."""
+    low, high = math.log(law.ratio[0]), math.log(law.ratio[1])
+    for _ in range(TRIES):
+        area = height * width * rng.uniform(*law.scale)
+        aspect = math.exp(rng.uniform(low, high))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return Crop(top, left, h, w, _flip(law, rng))
+    return _central(law, height, width, _flip(law, rng))
+
+
+def _flip(law: CropLaw, rng: np.random.Generator) -> bool:
+    return bool(rng.random() < law.flip)
+
+
+def _central(law: CropLaw, height: int, width: int, flip: bool) -> Crop:
+    """The largest centred box whose aspect the law allows."""
+    aspect = min(max(width / height, law.ratio[0]), law.ratio[1])
+    h = max(1, min(height, round(width / aspect)))
+    w = max(1, min(width, round(height * aspect)))
+    return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
+
+
+def replay(image: Image.Image, crop: Crop, size: int, resample: Image.Resampling) -> Tensor:
+    """The crop of an RGB image, resized and flipped: uint8 (3, S, S), not normalised."""
+    box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+    view = image.crop(box).resize((size, size), resample)
+    return to_tensor(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else view)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

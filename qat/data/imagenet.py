@@ -1,0 +1,248 @@
+"""ImageNet, or any class-folder tree, as uint8 batches. Shapes: B crops in a batch, S their side, pixels."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from qat.data.crops import CropLaw, rng_for
+from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
+from qat.data.images import Batch, Collate, CropView, EvalView, Images, Sample, View, resample_of
+from qat.data.order import Batches, batches_per_pass, crop_passes, shuffled
+from qat.errors import QatError
+from qat.preprocessing import INTERPOLATIONS, Preprocessing
+
+__all__ = ["Batch", "ImageNetDataModule"]
+log = logging.getLogger(__name__)
+TRIES = {"error": 1, "skip": 100}  # files tried for one training sample; more bad ones in a row is a broken disk
+
+
+class Loader(DataLoader[Sample]):
+    """Counts as resumable for Lightning, which warns otherwise; the data module's own state says where to go on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class ImageNetDataModule(L.LightningDataModule):
+    """Training crops, evaluation views and calibration images of a folder tree; raises QatError for bad settings.
+
+    Args:
+        root: folder that holds train/<class>/* and val/<class>/*.
+        images: folder of images to predict, searched recursively; root/val when not given.
+        batch_size: crops per process and training step; a multiple of crops_per_image.
+        val_batch_size: images per process and step in validation and prediction; batch_size when not given.
+        crops_per_image: random crops made of each image every time it is decoded.
+        crop_epochs: length of training, as the number of crops every image gives in all.
+        crop_scale: lowest and highest area of a training crop, as a part of the image.
+        crop_ratio: lowest and highest width / height of a training crop.
+        flip: probability that a training crop is mirrored left to right.
+        train_interpolation: how training crops are resized: nearest, bilinear or bicubic.
+        preprocessing: fields of the model's preprocessing (size, resize, interpolation, mean, std).
+        workers: processes that decode images, per training process; as many as cores, at most 8, when not given.
+        on_bad_image: what an unreadable image does: stop the run, or be skipped with a warning.
+        seed: fixes the order of images and the crops; seed_everything, or 0, when not given.
+    """
+
+    def __init__(
+        self,
+        root: Path | None = None,
+        images: Path | None = None,
+        batch_size: int = 256,
+        val_batch_size: int | None = None,
+        crops_per_image: int = 1,
+        crop_epochs: int = 300,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333),
+        flip: float = 0.5,
+        train_interpolation: str = "bilinear",
+        preprocessing: dict[str, Any] | None = None,
+        workers: int | None = None,
+        on_bad_image: Literal["error", "skip"] = "error",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root) if root is not None else None
+        self.images = Path(images) if images is not None else None
+        self.batch_size = _at_least("batch_size", batch_size, 1)
+        self.val_batch_size = _at_least("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1)
+        self.crops_per_image = _at_least("crops_per_image", crops_per_image, 1)
+        self.crop_epochs = _at_least("crop_epochs", crop_epochs, 1)
+        self.workers = _at_least("workers", min(os.cpu_count() or 1, 8) if workers is None else workers, 0)
+        self.seed = _at_least("seed", 0 if seed is None else seed, 0)
+        self.law = CropLaw(crop_scale, crop_ratio, flip)
+        self.train_interpolation = _one_of("train_interpolation", train_interpolation, INTERPOLATIONS)
+        self.on_bad_image = _one_of("on_bad_image", on_bad_image, tuple(TRIES))
+        self.preprocessing = preprocessing
+        self.bad_images: Counter[str] = Counter()  # "path: reason" -> how often it was met
+        self._epoch, self._resumed = 0, {"epoch": 0, "batches": 0}
+        if batch_size % crops_per_image:
+            raise QatError(f"data.batch_size {batch_size} is not a multiple of crops_per_image {crops_per_image}")
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in label order; QatError if root is not set or its folders do not match."""
+        root = self._root()
+        return class_names_of(root) if (root / "train").is_dir() else class_names(root / "val")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: 1,000 for ImageNet even when only some of its folders exist."""
+        return len(self.classes)
+
+    @property
+    def passes(self) -> list[int]:
+        """Crops per image in each pass over the images; its length is the number of Trainer epochs."""
+        return crop_passes(self.crop_epochs, self.crops_per_image)
+
+    def batches_per_pass(self, world_size: int = 1, epochs: int | None = None) -> list[int]:
+        """Training steps, on each of ``world_size`` processes, of the first ``epochs`` passes (of all when None)."""
+        passes = self.passes if epochs is None else [self._crops(epoch) for epoch in range(epochs)]
+        return batches_per_pass(len(find_images(self._root() / "train")), self.batch_size, passes, world_size)
+
+    def setup(self, stage: str) -> None:
+        """Lists the folders that the stage reads, and checks them and the preprocessing: QatError if unusable."""
+        self._preprocessing()
+        if stage == "predict":
+            find_loose_images(self._prediction_folder())
+            return
+        if stage == "fit":
+            find_images(self._root() / "train")
+        find_images(self._root() / "val")
+        log.info("%d classes in %s", self.num_classes, self.root)
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """The pass ``trainer.current_epoch``; past the last pass, more of crops_per_image each."""
+        if getattr(self.trainer, "reload_dataloaders_every_n_epochs", 1) != 1:
+            raise QatError("trainer.reload_dataloaders_every_n_epochs must be 1: each pass has a loader of its own")
+        self._epoch = epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        crops = self._crops(epoch)
+        size = self._preprocessing().size
+        view = CropView(self.law, size, resample_of(self.train_interpolation), crops, self.seed, epoch)
+        images = self._split("train", view, TRIES[self.on_bad_image])
+        order = shuffled(len(images), self.seed, epoch, *self._rank())
+        done = self._resumed["batches"] if epoch == self._resumed["epoch"] else 0
+        return self._loader(images, batch_sampler=Batches(order, self.batch_size // crops, done))
+
+    def state_dict(self) -> dict[str, int]:
+        """The pass and how many of its batches are done, for a run that is resumed in the middle of a pass."""
+        assert self.trainer is not None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
+        return {"epoch": self._epoch, "batches": progress["processed"]}  # "completed" lags when saved in a callback
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Makes the next loader of that pass leave out the batches that are done."""
+        self._resumed = state_dict
+
+    def teardown(self, stage: str) -> None:
+        """Forgets what was resumed: the next run starts its passes at the beginning."""
+        self._resumed = {"epoch": 0, "batches": 0}
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Every validation image once, in order, spread over the ranks; evaluation transform."""
+        return self._evaluation(self._split("val", EvalView(self._preprocessing())))
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Every image of the prediction folder once, in order, spread over the ranks; all labels are -1."""
+        folder = self._prediction_folder()
+        view = EvalView(self._preprocessing())
+        return self._evaluation(Images(folder, find_loose_images(folder), {}, view))
+
+    def calibration_batches(self, images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+        """uint8 (b, 3, S, S) of a seeded random subset of the training images, the same on every rank.
+
+        They go through the evaluation transform; QatError if there are fewer than ``images`` of them.
+        """
+        source = self._split("train", EvalView(self._preprocessing()), TRIES[self.on_bad_image])
+        if not 0 < images <= len(source):
+            raise QatError(
+                f"calibration.images is {images}: {self.root}/train has {len(source)}, choose 1..{len(source)}"
+            )
+        chosen = rng_for(_at_least("calibration seed", seed, 0), 0, 0).permutation(len(source))[:images]
+        batches = Batches(chosen, _at_least("calibration batch_size", batch_size, 1))
+        return (self._filled(self._report(batch)).images for batch in self._loader(source, batch_sampler=batches))
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Reports unreadable images in the main process: QatError, or a warning with ``on_bad_image: skip``."""
+        batch = self._report(batch)
+        return self._filled(batch) if self.trainer is not None and self.trainer.training else batch
+
+    def _report(self, batch: Batch) -> Batch:
+        if batch.bad and self.on_bad_image == "error":
+            raise QatError(f"cannot read {batch.bad[0]}; repair it, or set data.on_bad_image: skip")
+        for message in batch.bad:
+            if message not in self.bad_images:
+                log.warning("skipped %s", message)
+            self.bad_images[message] += 1
+        return batch
+
+    def _filled(self, batch: Batch) -> Batch:
+        if not len(batch.images):
+            raise QatError(f"a whole batch of {self.root}/train cannot be read, first {batch.bad[0]}")
+        return batch
+
+    def _split(self, name: str, view: View, tries: int = 1) -> Images:
+        folder = self._root() / name
+        labels = {name: label for label, name in enumerate(self.classes)}
+        return Images(folder, find_images(folder), labels, view, tries)
+
+    def _evaluation(self, images: Images) -> DataLoader[Sample]:
+        rank, world_size = self._rank()
+        return self._loader(images, batch_size=self.val_batch_size, sampler=range(rank, len(images), world_size))
+
+    def _loader(self, images: Images, **batching: Any) -> DataLoader[Sample]:
+        return Loader(
+            images,
+            num_workers=self.workers,  # PyTorch sets one thread in each
+            collate_fn=Collate(self._preprocessing().size),
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # otherwise every loader advances the global generator by one number
+            **batching,
+        )
+
+    def _crops(self, epoch: int) -> int:
+        return self.passes[epoch] if epoch < len(self.passes) else self.crops_per_image
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _preprocessing(self) -> Preprocessing:
+        if self.preprocessing is None:
+            raise QatError("data.preprocessing is not set: it takes the model's size, resize, interpolation, mean, std")
+        try:
+            return Preprocessing(**self.preprocessing)
+        except TypeError as error:
+            raise QatError(f"data.preprocessing is {self.preprocessing}: {error}") from error
+
+    def _root(self) -> Path:
+        if self.root is None:
+            raise QatError("data.root is not set: expected a folder with train/<class>/*.JPEG and val/<class>/*.JPEG")
+        return self.root
+
+    def _prediction_folder(self) -> Path:
+        return self._root() / "val" if self.images is None else self.images
+
+
+def _at_least(name: str, value: int, lowest: int) -> int:
+    if value < lowest:
+        raise QatError(f"data.{name} is {value}: it must be at least {lowest}")
+    return value
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise QatError(f"data.{name} is {value!r}: choose from {choices}")
+    return value

@@ -1,0 +1,173 @@
+"""What is quantised and what it costs: the resolved table of sites, the size of the weights, the bit operations."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from qat.insert import quantizers, sites, switched_off
+from qat.quantizers import Quantizer
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site of the table."""
+
+    site: str
+    quantizer: str
+    bits: int
+    levels: int | None
+    sign: str
+    offset: bool
+    granularity: str
+    groups: int
+    calibrated: bool | None
+
+
+class Cost(NamedTuple):
+    """Cost of one model."""
+
+    size_mb: float  # every parameter, weights packed at their width, the rest in float32; 1 MB = 10**6 bytes
+    float_size_mb: float
+    bit_operations: float  # multiply-accumulates times both operand widths, for one image
+    float_bit_operations: float
+
+
+class Product(NamedTuple):
+    """One matrix product of a module: multiply-accumulates for one image, and the sites of both operands."""
+
+    macs: int
+    left: str
+    right: str
+
+
+class HasProducts(Protocol):
+    """A quantised module says what it multiplies."""
+
+    def products(self, shape: tuple[int, ...]) -> list[Product]:
+        """The products for one image, from the shape of an input with a batch axis."""
+
+
+def describe(model: nn.Module) -> list[SiteRow]:
+    """Every site of a model, quantised or not, in the order of the module tree."""
+    return [_row(name, module) for name, module in sites(model)]
+
+
+def _row(name: str, module: nn.Module) -> SiteRow:
+    if not isinstance(module, Quantizer):
+        return SiteRow(name, "float", FLOAT_BITS, None, "", False, "", 0, None)
+    spec = module.spec
+    return SiteRow(
+        site=name,
+        quantizer=type(spec).__name__,
+        bits=spec.width,
+        levels=spec.levels,
+        sign="signed" if spec.signed else "unsigned",
+        offset=getattr(spec, "offset", False),
+        granularity=spec.granularity,
+        groups=module.layout.groups,
+        calibrated=module.calibrated,
+    )
+
+
+def summary(model: nn.Module) -> str:
+    """One line: how many weight and activation sites have which width."""
+    counts: dict[str, Counter[int]] = {"weights": Counter(), "activations": Counter()}
+    for _, module in quantizers(model):
+        counts["activations" if module.layout.batched else "weights"][module.spec.width] += 1
+    parts = [
+        f"{kind} {' + '.join(f'{n} at {bits} bit' for bits, n in sorted(widths.items()))}"
+        for kind, widths in counts.items()
+        if widths
+    ]
+    return ", ".join(parts) or "float"
+
+
+@torch.no_grad()
+def cost(model: nn.Module, size: int) -> Cost:
+    """Size and bit operations of a model for one image of ``size`` x ``size`` pixels."""
+    modules = dict(model.named_modules())
+    shapes = _input_shapes(model, size)
+    bits_done = float_bits_done = 0.0
+    for name, shape in shapes.items():
+        for macs, left, right in modules[name].products(shape):  # type: ignore[operator]
+            bits_done += macs * _bits(modules[f"{name}.{left}"]) * _bits(modules[f"{name}.{right}"])
+            float_bits_done += macs * FLOAT_BITS**2
+    widths = {f"{name.removesuffix('_quant')}": q.spec.width for name, q in quantizers(model) if not q.layout.batched}
+    stored = sum(p.numel() * widths.get(name, FLOAT_BITS) for name, p in model.named_parameters())
+    steps = sum(p.numel() for _, q in quantizers(model) for p in q.parameters())
+    parameters = sum(p.numel() for p in model.parameters()) - steps
+    return Cost(stored / 8e6, parameters * FLOAT_BITS / 8e6, bits_done, float_bits_done)
+
+
+def _input_shapes(model: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
+    """Input shape, for one image, of every module that states its products."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        shapes[name] = tuple(x.shape)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))  # type: ignore[misc]
+        for name, module in model.named_modules()
+        if hasattr(module, "products")
+    ]
+    training = model.training
+    reference = next(model.parameters())
+    try:
+        with switched_off(module for _, module in quantizers(model)):
+            model.eval()(torch.zeros(1, 3, size, size, device=reference.device, dtype=reference.dtype))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def _bits(module: nn.Module) -> int:
+    return module.spec.width if isinstance(module, Quantizer) else FLOAT_BITS
+
+
+def write_csv(rows: list[SiteRow], path: Path) -> None:
+    """The whole table, one line per site."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(SiteRow)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def as_table(rows: list[SiteRow], full: bool = False) -> Table:
+    """The table for a terminal; sites that differ only in their block number share a line unless ``full``."""
+    table = Table(title=None, show_edge=False, pad_edge=False)
+    for column in ("site", "sites", "quantizer", "bits", "levels", "range", "granularity", "groups", "calibrated"):
+        table.add_column(column, justify="right" if column in ("sites", "bits", "levels", "groups") else "left")
+    for name, count, row in [(row.site, 1, row) for row in rows] if full else list(_folded(rows)):
+        if row.quantizer == "float":
+            table.add_row(name, str(count), "float", style="dim")
+            continue
+        signs = row.sign + (" + offset" if row.offset else "")
+        done = "yes" if row.calibrated else "no"
+        cells: list[Any] = [count, row.quantizer, row.bits, row.levels, signs, row.granularity, row.groups, done]
+        table.add_row(name, *(str(cell) for cell in cells))
+    return table
+
+
+def _folded(rows: list[SiteRow]) -> Iterator[tuple[str, int, SiteRow]]:
+    """(name with block numbers as *, how many, an example), grouped by everything but the number."""
+    groups: dict[tuple[Any, ...], list[SiteRow]] = {}
+    for row in rows:
+        pattern = re.sub(r"\.\d+\.", ".*.", row.site)
+        groups.setdefault((pattern, *list(asdict(row).values())[1:]), []).append(row)
+    for key, members in groups.items():
+        yield (key[0] if len(members) > 1 else members[0].site), len(members), members[0]

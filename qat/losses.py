@@ -1,0 +1,35 @@
+"""Losses on soft labels. Shapes: B crops, C classes, k stored classes per crop."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class TopK(NamedTuple):
+    """Sparse soft labels: the rest of the probability is spread evenly over the other classes (marginal smoothing)."""
+
+    classes: Tensor  # (B, k) int64
+    probs: Tensor  # (B, k), a row sums to at most 1
+
+
+def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
+    """Mean over B of -sum_c p_c log softmax(z)_c, with dense labels ``probs`` (B, C)."""
+    return -(probs * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+
+
+def sparse_soft_cross_entropy(logits: Tensor, labels: TopK) -> Tensor:
+    """The same with sparse labels; no dense label (B, C) is built (spec of VVTQ, section 4.5).
+
+    The rest is clamped at 0: probabilities rounded to half precision can sum to more than 1.
+    """
+    log_probs = F.log_softmax(logits.float(), dim=-1)  # (B, C)
+    top = log_probs.gather(1, labels.classes)  # (B, k)
+    rest = (1 - labels.probs.sum(1)).clamp(min=0)
+    others = log_probs.shape[1] - labels.probs.shape[1]
+    loss = (labels.probs * top).sum(1)
+    if others:
+        loss = loss + rest / others * (log_probs.sum(1) - top.sum(1))
+    return -loss.mean()

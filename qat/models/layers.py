@@ -1,0 +1,83 @@
+"""Quantised linear and convolution layers. Shapes: B batch, O outputs, I inputs."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.describe import Product
+from qat.insert import Cuts, SiteBuilder, swaps
+
+
+@swaps(nn.Linear)
+class QuantLinear(nn.Module):
+    """A linear layer with sites on input (..., I), weight (O, I) and output (..., O).
+
+    Args:
+        linear: the float layer; its weight and bias are shared.
+        site: builder for the three sites.
+        weight_cuts, input_cuts: further granularities, axis and groups, that only the parent knows (heads).
+    """
+
+    def __init__(
+        self, linear: nn.Linear, site: SiteBuilder, weight_cuts: Cuts | None = None, input_cuts: Cuts | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.input_quant = site.activation("input_quant", channel=(-1, self.in_features), **(input_cuts or {}))
+        self.weight_quant = site.weight("weight_quant", channel=(0, self.out_features), **(weight_cuts or {}))
+        self.output_quant = site.activation("output_quant", channel=(-1, self.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        x = F.linear(self.input_quant(x), self.weight_quant(self.weight), self.bias)
+        out: Tensor = self.output_quant(x)
+        return out
+
+    def products(self, shape: tuple[int, ...]) -> list[Product]:
+        """The products for one image, from the shape of an input with a batch axis."""
+        return [Product(prod(shape[1:]) * self.out_features, "input_quant", "weight_quant")]
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+
+
+@swaps(nn.Conv2d)
+class QuantConv2d(nn.Module):
+    """A convolution with sites on input (B, I, H, W), weight (O, I, kh, kw) and output (B, O, H', W')."""
+
+    def __init__(self, conv: nn.Conv2d, site: SiteBuilder) -> None:
+        super().__init__()
+        if conv.padding_mode != "zeros":
+            raise QatError(f"{site.prefix}padding_mode {conv.padding_mode!r} is not reproduced: only zeros is")
+        self.options: dict[str, Any] = {
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+        }
+        self.weight, self.bias = conv.weight, conv.bias
+        self.input_quant = site.activation("input_quant", channel=(1, conv.in_channels))
+        self.weight_quant = site.weight("weight_quant", channel=(0, conv.out_channels))
+        self.output_quant = site.activation("output_quant", channel=(1, conv.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W) to (B, O, H', W')."""
+        x = F.conv2d(self.input_quant(x), self.weight_quant(self.weight), self.bias, **self.options)
+        out: Tensor = self.output_quant(x)
+        return out
+
+    def products(self, shape: tuple[int, ...]) -> list[Product]:
+        """The products for one image, from the shape of an input with a batch axis."""
+        out = F.conv2d(self.weight.new_zeros(1, *shape[1:], device="meta"), self.weight.to("meta"), **self.options)
+        return [Product(out[0].numel() * self.weight[0].numel(), "input_quant", "weight_quant")]
+
+    def extra_repr(self) -> str:
+        """Weight shape and options, for ``print(model)``."""
+        return f"{tuple(self.weight.shape)}, {self.options}"

@@ -1,0 +1,205 @@
+"""The training module: a quantised timm model, its losses, its optimiser. No quantisation arithmetic.
+
+Shapes: B crops in a step, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from qat.checkpoint import KEY, Card
+from qat.data.images import Batch
+from qat.errors import QatError
+from qat.insert import quantize, quantizers, raise_for_uncalibrated
+from qat.losses import TopK, soft_cross_entropy, sparse_soft_cross_entropy
+from qat.models import Teacher, build_float, default_preprocessing, param_groups
+from qat.recipe import build_recipe
+from qat.schedules import cosine_with_warmup
+
+
+class Prediction(NamedTuple):
+    """What `predict_step` returns for a batch."""
+
+    paths: tuple[str, ...]
+    classes: Tensor  # (B, 5) int64, most probable first
+    probs: Tensor  # (B, 5)
+
+
+class QATModule(L.LightningModule):
+    """Quantization-aware training of a timm model.
+
+    Args:
+        arch: timm model name, for example deit_tiny_patch16_224.
+        checkpoint: float weights to start from: pretrained (those that timm names), a .safetensors, .pth or .ckpt
+            file, or null for random weights.
+        num_classes: outputs of the head; follows the data when null.
+        model_args: further arguments of the timm constructor, for example {img_size: 384}.
+        fresh_head: start from a random head instead of the one in the checkpoint.
+        drop_path: stochastic depth rate of the last block, rising from 0 in the first.
+        recipe: float, lsq, vvtq, or the path of a YAML file of rules.
+        rules: rules appended to the recipe; the last rule that matches a site wins.
+        w_bits: width of weights where the recipe says w_bits.
+        a_bits: width of activations where the recipe says a_bits.
+        teacher: timm model whose outputs replace the labels; null trains on labels.
+        teacher_checkpoint: weights of the teacher: pretrained or a local file.
+        lr: peak learning rate of AdamW; it is not scaled by the batch.
+        min_lr: learning rate at the end of the cosine.
+        warmup_steps: optimiser steps of linear warm-up.
+        weight_decay: of weight matrices; steps, offsets, biases, norms and embeddings are never decayed.
+        betas: of AdamW.
+        eps: of AdamW; it damps gradients that are not well above it.
+        preprocessing: evaluation transform (size, resize, interpolation, mean, std); timm's for arch when null.
+            The command line takes it from data.preprocessing.
+        classes: class names in label order, kept in the checkpoint. The command line takes them from the data.
+    """
+
+    def __init__(
+        self,
+        arch: str | None = None,
+        checkpoint: str | None = "pretrained",
+        num_classes: int | None = None,
+        model_args: dict[str, Any] | None = None,
+        fresh_head: bool = False,
+        drop_path: float = 0.0,
+        recipe: str = "float",
+        rules: list[dict[str, Any]] | None = None,
+        w_bits: int | None = None,
+        a_bits: int | None = None,
+        teacher: str | None = None,
+        teacher_checkpoint: str = "pretrained",
+        lr: float = 5e-4,
+        min_lr: float = 0.0,
+        warmup_steps: int = 0,
+        weight_decay: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        preprocessing: dict[str, Any] | None = None,
+        classes: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if arch is None:
+            raise QatError("model.arch is not set: give the name of a timm model, such as deit_tiny_patch16_224")
+        table = build_recipe(recipe, rules or [], w_bits, a_bits)  # before any model is built or downloaded
+        self.preprocessing = default_preprocessing(arch, model_args).override(preprocessing or {})
+        self.lr, self.min_lr, self.warmup_steps = lr, min_lr, warmup_steps
+        self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
+        model = build_float(
+            arch, checkpoint, num_classes, {**(model_args or {}), "drop_path_rate": drop_path}, fresh_head
+        )
+        self.model = quantize(model, table) if table else model
+        outputs = int(model.num_classes)  # type: ignore[arg-type]
+        rules_out = [rule.to_dict() for rule in table]
+        self.card = Card(arch, model_args or {}, outputs, rules_out, self.preprocessing.to_dict(), classes or [])
+        # not a submodule: a teacher has no place in the checkpoint or the optimiser
+        self.teacher = (Teacher(teacher, teacher_checkpoint, outputs),) if teacher else ()
+        self.top1 = MulticlassAccuracy(outputs, average="micro")
+        self.top5 = MulticlassAccuracy(outputs, average="micro", top_k=min(5, outputs))
+        self.val_loss = MeanMetric()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of uint8 images (B, 3, S, S)."""
+        logits: Tensor = self.model(self.preprocessing.normalize(images))
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch of crops; QatError names the step when it is not finite."""
+        loss = self.loss(self(batch.images), batch)
+        if not torch.isfinite(loss):
+            raise QatError(
+                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); the last good "
+                "checkpoint is kept: lower model.lr, set trainer.gradient_clip_val, or use bf16-mixed, not 16-mixed"
+            )
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images))
+        return loss
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy with the teacher, with stored soft labels, or with the labels: the first that there is."""
+        if self.teacher:
+            return soft_cross_entropy(logits, self.teacher[0](batch.images).float().softmax(-1))
+        soft_labels = getattr(batch, "soft_labels", None)
+        if isinstance(soft_labels, TopK):
+            return sparse_soft_cross_entropy(logits, soft_labels)
+        return F.cross_entropy(logits.float(), batch.labels)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One step, then steps are moved back to legal values, before anything (a weight average) reads them."""
+        super().optimizer_step(*args, **kwargs)
+        for _, quantizer in quantizers(self.model):
+            quantizer.project_()
+
+    def on_fit_start(self) -> None:
+        """Refuse to train with a forgotten calibration; bring the teacher to the device."""
+        raise_for_uncalibrated(self.model)
+        for teacher in self.teacher:
+            teacher.to(self.device)
+
+    def on_validation_start(self) -> None:
+        """Refuse to evaluate with a forgotten calibration."""
+        raise_for_uncalibrated(self.model)
+
+    on_predict_start = on_validation_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count hits and sum the loss; the metrics are exact over all images, whatever the batches."""
+        if not len(batch.images):
+            return
+        logits = self(batch.images).float()
+        self.top1(logits, batch.labels)
+        self.top5(logits, batch.labels)
+        self.val_loss(F.cross_entropy(logits, batch.labels), weight=len(batch.images))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log top-1 and top-5 in percent, and the mean cross-entropy on labels."""
+        self.log("val/top1", 100 * self.top1.compute(), prog_bar=True)
+        self.log("val/top5", 100 * self.top5.compute())
+        self.log("val/loss", self.val_loss.compute(), prog_bar=True)
+        self.log("val/images", self.val_loss.weight)
+        for metric in (self.top1, self.top5, self.val_loss):
+            metric.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
+        """The five most probable classes of each image."""
+        probs, classes = self(batch.images).float().softmax(-1).topk(min(5, self.card.num_classes))
+        return Prediction(batch.paths, classes, probs)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with undecayed groups, and a cosine that falls at every optimiser step."""
+        optimizer = AdamW(param_groups(self.model, self.weight_decay), lr=self.lr, betas=self.betas, eps=self.eps)
+        total, floor = self.total_steps(), self.min_lr / self.lr
+        schedule = LambdaLR(optimizer, lambda step: cosine_with_warmup(step, total, self.warmup_steps, floor))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run; passes over the images can differ in length."""
+        trainer = self.trainer
+        per_pass = getattr(trainer.datamodule, "batches_per_pass", None)  # type: ignore[attr-defined]
+        if per_pass is None or trainer.limit_train_batches != 1.0:
+            return int(trainer.estimated_stepping_batches)
+        batches = per_pass(trainer.world_size, trainer.max_epochs)
+        steps = sum(-(-n // trainer.accumulate_grad_batches) for n in batches)
+        return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the card; QatError rather than overwrite a good checkpoint with weights that are not finite."""
+        for name, value in self.model.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise QatError(f"{name} is not finite at step {self.global_step}; the last good checkpoint is kept")
+        checkpoint[KEY] = self.card.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """QatError when the checkpoint describes another model."""
+        if KEY not in checkpoint:
+            raise QatError("the checkpoint was not written by `qat fit`: it does not describe its model")
+        theirs, ours = Card.from_dict(checkpoint[KEY], "the checkpoint"), self.card
+        for field in ("arch", "model_args", "num_classes", "rules"):
+            if getattr(theirs, field) != getattr(ours, field):
+                raise QatError(f"the checkpoint is of another model: its {field} differs from the one built here")

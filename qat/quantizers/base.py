@@ -1,0 +1,79 @@
+"""What every quantizer offers. Shapes: G groups that share a step, n values in a group."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from qat.recipe import Layout, Spec
+
+
+class FloatSite(nn.Identity):
+    """A site that no rule quantises: the tensor passes through."""
+
+
+class Quantizer(nn.Module, ABC):
+    """Maps a tensor to integer codes and back to values; ``forward`` is ``decode(encode(x))``, bit for bit.
+
+    Parameters are allocated as NaN, so a forgotten calibration shows at once, and are filled by `init_from`.
+
+    Args:
+        spec: bits, range and options.
+        layout: how the tensor is cut into the G groups that share a step.
+    """
+
+    def __init__(self, spec: Spec, layout: Layout) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layout = layout
+        self.enabled = True
+        self.step = nn.Parameter(torch.full((layout.groups,), torch.nan))
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Integer codes, the shape of ``x``, ``code_dtype``."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values (float32) of integer codes."""
+
+    @abstractmethod
+    def init_from(self, samples: Tensor) -> None:
+        """Choose the parameters from samples (G, n) of the tensor, float32."""
+
+    @abstractmethod
+    def project_(self) -> None:
+        """Move the parameters back to legal values after an optimiser step."""
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The smallest integer type that holds every code."""
+        if self.spec.levels <= 2**8:
+            return torch.int8 if self.spec.signed else torch.uint8
+        return torch.int32
+
+    @property
+    def calibrated(self) -> bool:
+        """Every parameter is finite."""
+        return all(bool(torch.isfinite(p).all()) for p in self.parameters())
+
+    def view(self, values: Tensor, x: Tensor) -> Tensor:
+        """One value per group (G,) shaped so that it broadcasts over ``x``."""
+        axis, groups = self.layout.axis, self.layout.groups
+        if groups == 1:
+            return values
+        shape = [1] * x.ndim
+        shape[axis] = x.shape[axis]
+        return values.repeat_interleave(x.shape[axis] // groups).view(shape)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """The values of each group as a row (G, n)."""
+        if self.layout.groups == 1:
+            return x.reshape(1, -1)
+        return x.movedim(self.layout.axis, 0).reshape(self.layout.groups, -1)
+
+    def extra_repr(self) -> str:
+        """Spec and groups, for ``print(model)``."""
+        return f"{self.spec}, groups={self.layout.groups}"

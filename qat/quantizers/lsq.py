@@ -1,0 +1,160 @@
+"""Learned step size quantization: LSQ (Esser et al. 2020) and, with an offset, LSQ+ (Bhalgat et al. 2020).
+
+    v = (x - offset) / step,   code = round(clip(v, qmin, qmax)),   value = step * code + offset
+
+Rounding is half to even. The straight-through gradients, with upstream gradient g (ties v = qmin, qmax are inside):
+
+    dx      = g                    inside,   0                outside
+    dstep   = gain * sum g * d,    d = code - v inside,       qmin or qmax outside
+    doffset = sum g                over the elements outside
+
+Shapes: G groups that share a step, n values in a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.quantizers import fitting
+from qat.quantizers.base import Quantizer
+from qat.recipe import Layout, Spec
+
+GradScale = Literal["l1", "numel", "vvtq_act", "none"]
+Init = Literal["mse", "lsq", "lsq_plus", "percentile"]
+MIN_STEP = 1e-6  # keeps v finite; far below any step that is worth having
+
+
+@dataclass(frozen=True)
+class LSQ(Spec):
+    """Uniform quantizer whose step, and offset if it has one, are learned.
+
+    Args:
+        offset: learn an offset too (LSQ+), for a one-sided tensor such as the output of GELU.
+        grad_scale: gain of the step's gradient. ``numel``: 1/sqrt(values per step * qmax), values counted per sample
+            for activations (LSQ). ``l1``: 1/sqrt(L1 norm * qmax), weights only (VVTQ). ``vvtq_act``: 1/(sqrt(values,
+            batch included) * qmax), the released VVTQ form for activations. ``none``: 1.
+        init: ``mse``: least squared error. ``lsq``: 2 mean|x|/sqrt(qmax). ``lsq_plus``: 3 sigma for weights, ``mse``
+            for activations. ``percentile``: the given share of the values is inside the range.
+        percentile: for ``init: percentile``, in percent.
+    """
+
+    offset: bool = False
+    grad_scale: GradScale = "numel"
+    init: Init = "mse"
+    percentile: float = 99.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("grad_scale", GradScale)
+        self.check_choice("init", Init)
+        if not 50 < self.percentile <= 100:
+            raise QatError(f"percentile is {self.percentile}: give more than 50 and at most 100")
+
+    def build(self, layout: Layout) -> LSQQuantizer:
+        """The module; QatError when ``grad_scale: l1`` is asked of an activation."""
+        if self.grad_scale == "l1" and layout.batched:
+            raise QatError("grad_scale l1 is defined for weights; choose numel, vvtq_act or none for an activation")
+        return LSQQuantizer(self, layout)
+
+
+class LSQQuantizer(Quantizer):
+    """The module of `LSQ`: parameters ``step`` (G,) and, when the spec asks for it, ``offset`` (G,)."""
+
+    spec: LSQ
+
+    def __init__(self, spec: LSQ, layout: Layout) -> None:
+        super().__init__(spec, layout)
+        self.qmin, self.qmax = spec.qmin, spec.qmax
+        self.offset = nn.Parameter(torch.full((layout.groups,), torch.nan)) if spec.offset else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantise ``x`` in float32 or better and return its own dtype."""
+        if not self.enabled:
+            return x
+        step = self.view(self.step, x)
+        offset = None if self.offset is None else self.view(self.offset, x)
+        gain = self.gain(x) if torch.is_grad_enabled() and self.step.requires_grad else 1.0
+        out: Tensor = FakeQuantize.apply(x, step, offset, gain, self.qmin, self.qmax)
+        return out
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Integer codes of ``x``, same shape, the smallest integer type."""
+        step, offset = self.view(self.step, x), None if self.offset is None else self.view(self.offset, x)
+        return _scaled(x, step, offset).clamp_(self.qmin, self.qmax).round_().to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values, float32, of codes in the shape of the tensor they came from."""
+        values = codes.to(self.step.dtype) * self.view(self.step, codes)
+        return values if self.offset is None else values + self.view(self.offset, codes)
+
+    @torch.no_grad()
+    def gain(self, x: Tensor) -> float | Tensor:
+        """Gain of the step's gradient, shaped to broadcast over ``x``."""
+        values = x.numel() // self.layout.groups
+        match self.spec.grad_scale:
+            case "numel":
+                return 1 / sqrt((values // x.shape[0] if self.layout.batched else values) * self.qmax)
+            case "l1":
+                norm = self.grouped(x.float()).abs().sum(1).clamp_(min=MIN_STEP)
+                return self.view((norm * self.qmax).rsqrt(), x)
+            case "vvtq_act":
+                return 1 / (sqrt(values) * self.qmax)
+            case _:
+                return 1.0
+
+    @torch.no_grad()
+    def init_from(self, samples: Tensor) -> None:
+        """Choose step and offset from samples (G, n) with the method that the spec names."""
+        step, offset = fitting.fit(samples.float(), self.spec, self.layout.batched)
+        self.step.copy_(step.clamp(min=MIN_STEP))
+        if self.offset is not None:
+            self.offset.copy_(offset)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Keep the step positive."""
+        self.step.clamp_(min=MIN_STEP)
+
+
+def _scaled(x: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
+    """A new tensor (x - offset) / step, at least float32: bfloat16 would change 8-bit codes."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x / step if offset is None else (x - offset).div_(step)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Quantise and dequantise; keeps only ``x`` for backward and recomputes the rest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, gain: float | Tensor, qmin: int, qmax: int
+    ) -> Tensor:
+        """Values on the grid, in the dtype of ``x``."""
+        ctx.save_for_backward(x, step, offset, gain if isinstance(gain, Tensor) else None)
+        ctx.gain, ctx.qmin, ctx.qmax = gain, qmin, qmax
+        out = _scaled(x, step, offset).clamp_(qmin, qmax).round_().mul_(step)
+        return (out if offset is None else out.add_(offset)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x``, ``step`` and ``offset`` (equations at the top of the file)."""
+        x, step, offset, gain = ctx.saved_tensors
+        gain = ctx.gain if gain is None else gain
+        v = _scaled(x, step, offset)
+        code = v.clamp(ctx.qmin, ctx.qmax)
+        inside = v == code
+        code.round_()
+        grad = grads[0].to(v.dtype)
+        d_x = grad * inside
+        d_step = (code.addcmul_(v, inside.to(v.dtype), value=-1).mul_(grad).sum_to_size(step.shape)) * gain
+        d_offset = None if offset is None else (grad - d_x).sum_to_size(offset.shape)
+        return d_x.to(x.dtype), d_step, d_offset, None, None, None
+
+
+assert set(fitting.METHODS) == set(get_args(Init))

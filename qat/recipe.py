@@ -1,0 +1,229 @@
+"""The recipe: which site is quantised, and how. One ordered table of rules; the last rule that matches a site wins.
+
+A rule is written the same way in YAML, on the command line, in Python and in a checkpoint::
+
+    {match: "blocks.*.weight_quant", spec: {class_path: LSQ, init_args: {bits: w_bits, granularity: channel}}}
+    {match: "head*", spec: null}                                                  # stays in floating point
+
+``bits`` is an integer or the word ``w_bits`` or ``a_bits``, filled from the options of that name.
+Nothing here needs torch: a recipe can be read, resolved and compared without building a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import yaml
+
+from qat.errors import QatError
+
+Granularity = Literal["tensor", "channel", "head", "qkv"]
+Width = Literal["w_bits", "a_bits"]
+MIN_BITS, MAX_BITS = 2, 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensor of one site is cut into groups that share a step.
+
+    Args:
+        axis: the axis that is cut; it may count from the end.
+        groups: number of equal, contiguous pieces along ``axis``; 1 is per-tensor.
+        batched: the first axis is the batch (activations) and not a part of the tensor (weights).
+    """
+
+    axis: int
+    groups: int
+    batched: bool
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one site is quantised; a subclass names the quantizer and adds its own options.
+
+    Args:
+        bits: width of a code, 2 to 16, or the word ``w_bits`` / ``a_bits`` until the recipe is filled.
+        signed: codes run from ``-2**(bits-1)``; otherwise from 0.
+        granularity: what shares a step: the whole ``tensor``, a ``channel``, a ``head``, or each of q, k, v (``qkv``).
+    """
+
+    bits: int | Width
+    signed: bool = True
+    granularity: Granularity = "tensor"
+
+    kinds: ClassVar[dict[str, type[Spec]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Spec.kinds[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        if self.bits not in get_args(Width):
+            if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+                raise QatError(f"bits is {self.bits!r}: give {MIN_BITS} to {MAX_BITS}, or the word w_bits or a_bits")
+        self.check_choice("granularity", Granularity)
+
+    def check_choice(self, field: str, choices: Any) -> None:
+        """Raise QatError unless the value of ``field`` is among the literals of ``choices``."""
+        if getattr(self, field) not in get_args(choices):
+            raise QatError(f"{field} is {getattr(self, field)!r}: choose from {', '.join(get_args(choices))}")
+
+    @property
+    def width(self) -> int:
+        """The width as an integer; QatError while it is still a word."""
+        if not isinstance(self.bits, int):
+            raise QatError(f"bits is still the word {self.bits!r}: fill the recipe with a value for it")
+        return self.bits
+
+    @property
+    def levels(self) -> int:
+        """How many codes exist; ``2**bits`` unless a subclass declares otherwise."""
+        return int(2**self.width)
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return int(-(2 ** (self.width - 1))) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return self.qmin + self.levels - 1
+
+    def build(self, layout: Layout) -> Any:
+        """The ``Quantizer`` of this spec (typed loosely: quantizers stand above the recipe)."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `spec_from_dict` reads back: what a checkpoint stores."""
+        path = type(self).__name__ if type(self).__module__.startswith("qat.") else _dotted(type(self))
+        return {"class_path": path, "init_args": {f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Sites whose name matches the glob ``match`` get ``spec``; ``None`` leaves them in floating point."""
+
+    match: str
+    spec: Spec | None = None
+
+    @classmethod
+    def from_dict(cls, rule: Any) -> Rule:
+        """Read ``{match: glob, spec: null | {class_path, init_args}}``; QatError names what is wrong."""
+        if not isinstance(rule, Mapping):
+            raise QatError(f"rule {rule!r} is not a mapping: write {{match: GLOB, spec: ...}}")
+        where = f"rule {rule.get('match', rule)!r}"
+        _check_keys(rule, ("match", "spec"), required=("match", "spec"), where=where)
+        if not isinstance(rule["match"], str):
+            raise QatError(f"{where}: match must be a glob over site names")
+        try:
+            spec = None if rule["spec"] is None else spec_from_dict(rule["spec"])
+        except QatError as error:
+            raise QatError(f"{where}: {error}") from None
+        return cls(rule["match"], spec)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back."""
+        return {"match": self.match, "spec": self.spec and self.spec.to_dict()}
+
+
+Recipe = Sequence[Rule]
+
+
+def resolve(rules: Recipe, site: str) -> Rule | None:
+    """The last rule that matches the name of a site, or None."""
+    return next((rule for rule in reversed(rules) if fnmatchcase(site, rule.match)), None)
+
+
+def build_recipe(
+    recipe: str, rules: Iterable[Any] = (), w_bits: int | None = None, a_bits: int | None = None
+) -> list[Rule]:
+    """A named recipe (or a path to one) with rules appended and the width words filled.
+
+    Raises:
+        QatError: unknown recipe, malformed rule, a width word without a value, or a width that no rule uses.
+    """
+    table = [Rule.from_dict(rule) for rule in [*read_rules(recipe), *rules]]
+    given = {"w_bits": w_bits, "a_bits": a_bits}
+    used = {rule.spec.bits for rule in table if rule.spec is not None}
+    for word, value in given.items():
+        if value is None and word in used:
+            raise QatError(f"recipe {recipe!r} needs {word}: give --model.{word} 4, for example")
+        if value is not None and word not in used:
+            raise QatError(f"model.{word} is {value}, but no rule of recipe {recipe!r} uses it: leave it out")
+    return [_fill(rule, given) for rule in table]
+
+
+def read_rules(recipe: str) -> list[Any]:
+    """The rules, as plain data, of a recipe that comes with the package or of a YAML file."""
+    named = {Path(entry.name).stem: entry for entry in resources.files("qat.recipes").iterdir()}
+    named = {name: entry for name, entry in named.items() if entry.name.endswith(".yaml")}
+    if recipe in named:
+        text = named[recipe].read_text(encoding="utf-8")
+    elif Path(recipe).suffix in (".yaml", ".yml") and Path(recipe).is_file():
+        text = Path(recipe).read_text(encoding="utf-8")
+    else:
+        raise QatError(f"no recipe {recipe!r}: choose from {', '.join(sorted(named))}, or give the path of a YAML file")
+    try:
+        table = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise QatError(f"recipe {recipe!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(table, list):
+        raise QatError(f"recipe {recipe!r} must be a YAML list of rules, each {{match: GLOB, spec: ...}}")
+    return table
+
+
+def spec_from_dict(spec: Any) -> Spec:
+    """Build a Spec from ``{class_path, init_args}``; a class outside the package is named by its dotted path."""
+    if not isinstance(spec, Mapping):
+        raise QatError(f"spec {spec!r} is not a mapping: write {{class_path: LSQ, init_args: {{bits: 4}}}} or null")
+    _check_keys(spec, ("class_path", "init_args"), required=("class_path",), where="spec")
+    kind = _find_kind(spec["class_path"])
+    options = spec.get("init_args") or {}
+    _check_keys(options, [f.name for f in fields(kind)], required=("bits",), where=kind.__name__)
+    return kind(**options)
+
+
+def _find_kind(class_path: str) -> type[Spec]:
+    importlib.import_module("qat.quantizers")  # registers the quantizers that come with the package
+    if class_path not in Spec.kinds and "." in class_path:
+        module, _, name = class_path.rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise QatError(f"cannot import the quantizer {class_path!r}: {error}") from None
+        if isinstance(kind, type) and issubclass(kind, Spec):
+            return kind
+    if class_path not in Spec.kinds:
+        raise QatError(f"no quantizer is called {class_path!r}: choose from {', '.join(sorted(Spec.kinds))}")
+    return Spec.kinds[class_path]
+
+
+def _check_keys(given: Mapping[str, Any], known: Sequence[str], required: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            raise QatError(f"{where} has no option {key!r}: {hint}")
+    for key in required:
+        if key not in given:
+            raise QatError(f"{where} lacks {key!r}")
+
+
+def _fill(rule: Rule, given: Mapping[str, int | None]) -> Rule:
+    if rule.spec is None or isinstance(rule.spec.bits, int):
+        return rule
+    try:
+        return replace(rule, spec=replace(rule.spec, bits=given[rule.spec.bits]))
+    except QatError as error:
+        raise QatError(f"model.{rule.spec.bits}: {error}") from None
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,96 @@
+"""Lightning's Trainer with what the verbs of `qat` add: a table, a results file, a file of predictions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+
+from qat.callbacks import WritePredictions
+from qat.describe import Cost, as_table, cost, describe, summary
+from qat.errors import QatError
+from qat.module import QATModule
+
+log = logging.getLogger(__name__)
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer; the arguments of its verbs are those of the command line."""
+
+    def validate(  # type: ignore[override]
+        self, model: QATModule, datamodule: Any = None, ckpt_path: Path | None = None, results_file: Path | None = None
+    ) -> Mapping[str, Any]:
+        """Evaluate a model, or a checkpoint, on the validation images.
+
+        Args:
+            model: what to evaluate.
+            datamodule: where the images come from.
+            ckpt_path: checkpoint to restore first.
+            results_file: JSON file to write: top1 and top5 in percent, loss, images, seconds, model, recipe.
+        """
+        check_folder("--results_file", results_file)
+        started = time.perf_counter()
+        (metrics,) = super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        results = {
+            "top1": metrics["val/top1"],
+            "top5": metrics["val/top5"],
+            "loss": metrics["val/loss"],
+            "images": round(metrics["val/images"]),
+            "seconds": round(time.perf_counter() - started, 2),
+            "model": model.card.arch,
+            "recipe": summary(model.model),
+        }
+        if self.is_global_zero:
+            line = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images in {seconds:.1f} s"
+            Console().print(line.format(**results), highlight=False)
+            if results_file is not None:
+                results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        return results
+
+    def predict(  # type: ignore[override]
+        self, model: QATModule, datamodule: Any = None, ckpt_path: Path | None = None, output: Path | None = None
+    ) -> None:
+        """Write the five most probable classes of every image to a CSV file.
+
+        Args:
+            model: what predicts.
+            datamodule: where the images come from.
+            ckpt_path: checkpoint to restore first.
+            output: CSV file to write: path, then class and probability, most probable first.
+        """
+        if output is None:
+            raise QatError("qat predict writes a table: give --output predictions.csv")
+        check_folder("--output", output)
+        self.callbacks.append(WritePredictions(output, model.card.classes))  # type: ignore[attr-defined]
+        super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
+        log.info("wrote %s", output)
+
+    def describe(self, model: QATModule, full: bool = False) -> Cost:
+        """Print what is quantised and what it costs, without training.
+
+        Args:
+            model: what to describe.
+            full: one line per site, instead of one for all blocks.
+        """
+        console = Console()
+        console.print(as_table(describe(model.model), full))
+        total = cost(model.model, model.preprocessing.size)
+        console.print(f"{model.card.arch}: {summary(model.model)}", highlight=False)
+        console.print(
+            f"size {total.size_mb:.2f} MB with weights packed at their width (float32: {total.float_size_mb:.2f} MB); "
+            f"bit operations {total.bit_operations / 1e9:.2f} G per image (float32: {total.float_bit_operations / 1e9:.2f} G)",
+            highlight=False,
+        )
+        return total
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Raise QatError, before any work, when ``path`` cannot be written because its folder is missing."""
+    if path is not None and not path.parent.is_dir():
+        raise QatError(f"{option} {path}: there is no folder {path.parent}")

@@ -1,0 +1,82 @@
+"""Crop boxes: the law, the central fallback, and what replay does to pixels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import resized_crop
+
+from qat.data.crops import Crop, CropLaw, draw, replay, rng_for, to_tensor
+from qat.errors import QatError
+
+BILINEAR = Image.Resampling.BILINEAR
+
+
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scale", (0.0, 1.0)), ("scale", (0.5, 0.2)), ("scale", (0.5, 1.5)), ("ratio", (2.0, 1.0)), ("flip", 1.5)],
+)
+def test_a_bad_law_is_refused_by_key_and_value(key, value):
+    with pytest.raises(QatError, match=f"crop {key} is .*{str(value)[-4:-1]}"):
+        CropLaw(**{key: value})
+
+
+def test_boxes_have_torchvision_distribution():
+    height, width, count = 90, 140, 3000
+    rng = np.random.default_rng(1)
+    ours = np.array(
+        [[c.top, c.left, c.height, c.width] for c in (draw(CropLaw(), height, width, rng) for _ in range(count))]
+    )
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)])
+    for q in (10, 50, 90):  # five standard errors of a quantile are about 4 pixels here
+        assert np.abs(np.percentile(ours, q, axis=0) - np.percentile(theirs, q, axis=0)).max() <= 5
+
+
+def test_boxes_lie_inside_and_flips_have_their_rate():
+    crops = [draw(CropLaw(flip=0.25), 37, 21, rng_for(0, 0, i)) for i in range(2000)]
+    assert all(c.top >= 0 and c.left >= 0 and c.top + c.height <= 37 and c.left + c.width <= 21 for c in crops)
+    assert abs(np.mean([c.flip for c in crops]) - 0.25) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((10, 100), (0, 43, 10, 13)), ((100, 10), (43, 0, 13, 10)), ((1, 1), (0, 0, 1, 1)), ((60, 50), (0, 0, 60, 50))],
+)
+def test_the_fallback_is_the_largest_centred_box(size, box):
+    law = CropLaw(scale=(1.0, 1.0), ratio=(3 / 4, 4 / 3), flip=0.0)
+    if size == (60, 50):  # the whole image has an allowed aspect, but no other box of its area fits
+        law = CropLaw(scale=(1.0, 1.0), ratio=(0.75, 0.7500001), flip=0.0)
+        box = (0, 2, 60, 45)
+    assert draw(law, *size, rng_for(0, 0, 0)) == Crop(*box, flip=False)
+
+
+def test_a_draw_is_a_function_of_seed_epoch_and_index():
+    first = draw(CropLaw(), 200, 300, rng_for(1, 2, 3))
+    assert first == draw(CropLaw(), 200, 300, rng_for(1, 2, 3))
+    others = [draw(CropLaw(), 200, 300, rng_for(*key)) for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4))]
+    assert first not in others
+
+
+def test_replay_crops_resizes_and_flips_as_torchvision_does():
+    image = noise(40, 50)
+    expected = to_tensor(resized_crop(image, 3, 7, 20, 30, [16, 16]))
+    assert torch.equal(replay(image, Crop(3, 7, 20, 30, False), 16, BILINEAR), expected)
+    assert torch.equal(replay(image, Crop(3, 7, 20, 30, True), 16, BILINEAR), expected.flip(-1))
+    assert expected.dtype == torch.uint8
+    assert expected.shape == (3, 16, 16)
+
+
+def test_replay_by_hand():
+    image = Image.fromarray(np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3))
+    view = replay(image, Crop(1, 2, 2, 2, flip=True), 2, BILINEAR)  # no resize: pixels (1..2, 2..3), mirrored
+    assert view[0].tolist() == [[21, 18], [33, 30]]
+    assert math.prod(view.shape) == 12
