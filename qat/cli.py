@@ -69,7 +69,7 @@ class QatCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Everything that can be wrong is looked at here, before a model is built or downloaded."""
-        config = self.config[self.subcommand]
+        config = self.config[str(self.subcommand)]
         model, data = config.model, config.data
         self.ckpt: Path | None = config.ckpt
         if self.ckpt is not None:
@@ -95,8 +95,8 @@ class QatCLI(LightningCLI):
     def _card(self, path: Path) -> checkpoint.Card:
         """What the checkpoint says of its model; QatError when an option says something else."""
         card, _ = checkpoint.read(path)
-        given = self.given[self.subcommand]
-        options = given.get("model") or Namespace()
+        given = self.given[str(self.subcommand)]
+        options = given.get("model") or {}
         for key in ("arch", "model_args", "num_classes"):
             if options.get(key, None) is not None and options[key] != getattr(card, key):
                 raise _contradiction(path, f"model.{key}", options[key], getattr(card, key))
@@ -104,7 +104,7 @@ class QatCLI(LightningCLI):
         if recipe and not _same_recipe(recipe, card.rules):
             raise _contradiction(path, "the recipe", recipe, "another one (`qat describe --ckpt` shows it)")
         for group in ("data", "model"):
-            for key, value in ((given.get(group) or Namespace()).get("preprocessing") or {}).items():
+            for key, value in ((given.get(group) or {}).get("preprocessing") or {}).items():
                 if value != card.preprocessing.get(key):
                     raise _contradiction(path, f"{group}.preprocessing.{key}", value, card.preprocessing.get(key))
         return card
@@ -137,7 +137,7 @@ class QatCLI(LightningCLI):
             raise QatError(f"model.num_classes is {model.num_classes}, but {root} has {len(classes)} classes")
         model.num_classes, model.classes = len(classes), classes
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add the callbacks and the run folder of a training run."""
         config = self.config_init[self.subcommand].trainer
         callbacks = [*(config.callbacks or []), *_progress(config)]
@@ -152,9 +152,9 @@ class QatCLI(LightningCLI):
             self.save_config_callback = None
             kwargs |= {"logger": False, "enable_checkpointing": False}
         kwargs["enable_progress_bar"] = False if config.enable_progress_bar is False else sys.stdout.isatty()
-        trainer: Trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if self.ckpt is not None or self.subcommand == "describe":
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Calibrate)]  # type: ignore[attr-defined]
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Calibrate)]
         return trainer
 
     def _run_folder(self) -> Path:

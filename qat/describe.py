@@ -101,7 +101,7 @@ def cost(model: nn.Module, size: int) -> Cost:
     shapes = _input_shapes(model, size)
     bits_done = float_bits_done = 0.0
     for name, shape in shapes.items():
-        for macs, left, right in modules[name].products(shape):  # type: ignore[operator]
+        for macs, left, right in modules[name].products(shape):
             bits_done += macs * _bits(modules[f"{name}.{left}"]) * _bits(modules[f"{name}.{right}"])
             float_bits_done += macs * FLOAT_BITS**2
     widths = {f"{name.removesuffix('_quant')}": q.spec.width for name, q in quantizers(model) if not q.layout.batched}
@@ -119,7 +119,7 @@ def _input_shapes(model: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
         shapes[name] = tuple(x.shape)
 
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
         for name, module in model.named_modules()
         if hasattr(module, "products")
     ]
@@ -149,16 +149,18 @@ def write_csv(rows: list[SiteRow], path: Path) -> None:
 
 def as_table(rows: list[SiteRow], full: bool = False) -> Table:
     """The table for a terminal; sites that differ only in their block number share a line unless ``full``."""
-    table = Table(title=None, show_edge=False, pad_edge=False)
-    for column in ("site", "sites", "quantizer", "bits", "levels", "range", "granularity", "groups", "calibrated"):
-        table.add_column(column, justify="right" if column in ("sites", "bits", "levels", "groups") else "left")
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("site", no_wrap=True)
+    for column in ("sites", "quantizer", "bits", "levels", "range", "steps", "calibrated"):
+        table.add_column(column, justify="right" if column in ("sites", "bits", "levels") else "left")
     for name, count, row in [(row.site, 1, row) for row in rows] if full else list(_folded(rows)):
         if row.quantizer == "float":
             table.add_row(name, str(count), "float", style="dim")
             continue
-        signs = row.sign + (" + offset" if row.offset else "")
+        range_ = row.sign + (" + offset" if row.offset else "")
+        steps = row.granularity if row.granularity == "tensor" else f"{row.groups} by {row.granularity}"
         done = "yes" if row.calibrated else "no"
-        cells: list[Any] = [count, row.quantizer, row.bits, row.levels, signs, row.granularity, row.groups, done]
+        cells: list[Any] = [count, row.quantizer, row.bits, row.levels, range_, steps, done]
         table.add_row(name, *(str(cell) for cell in cells))
     return table
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch import Tensor
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -184,9 +184,9 @@ class QATModule(L.LightningModule):
         per_pass = getattr(trainer.datamodule, "batches_per_pass", None)  # type: ignore[attr-defined]
         if per_pass is None or trainer.limit_train_batches != 1.0:
             return int(trainer.estimated_stepping_batches)
-        batches = per_pass(trainer.world_size, trainer.max_epochs)
+        batches: list[int] = per_pass(trainer.world_size, trainer.max_epochs)
         steps = sum(-(-n // trainer.accumulate_grad_batches) for n in batches)
-        return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+        return min(steps, int(trainer.max_steps)) if trainer.max_steps > 0 else steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the card; QatError rather than overwrite a good checkpoint with weights that are not finite."""

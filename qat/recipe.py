@@ -64,9 +64,9 @@ class Spec:
         Spec.kinds[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        if self.bits not in get_args(Width):
-            if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
-                raise QatError(f"bits is {self.bits!r}: give {MIN_BITS} to {MAX_BITS}, or the word w_bits or a_bits")
+        number = isinstance(self.bits, int) and not isinstance(self.bits, bool) and MIN_BITS <= self.bits <= MAX_BITS
+        if not number and self.bits not in get_args(Width):
+            raise QatError(f"bits is {self.bits!r}: give {MIN_BITS} to {MAX_BITS}, or the word w_bits or a_bits")
         self.check_choice("granularity", Granularity)
 
     def check_choice(self, field: str, choices: Any) -> None:
@@ -217,10 +217,10 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], required: Sequen
 
 
 def _fill(rule: Rule, given: Mapping[str, int | None]) -> Rule:
-    if rule.spec is None or isinstance(rule.spec.bits, int):
+    if rule.spec is None or isinstance(rule.spec.bits, int) or (bits := given[rule.spec.bits]) is None:
         return rule
     try:
-        return replace(rule, spec=replace(rule.spec, bits=given[rule.spec.bits]))
+        return replace(rule, spec=replace(rule.spec, bits=bits))
     except QatError as error:
         raise QatError(f"model.{rule.spec.bits}: {error}") from None
 

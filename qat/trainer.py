@@ -84,7 +84,8 @@ class Trainer(L.Trainer):
         console.print(f"{model.card.arch}: {summary(model.model)}", highlight=False)
         console.print(
             f"size {total.size_mb:.2f} MB with weights packed at their width (float32: {total.float_size_mb:.2f} MB); "
-            f"bit operations {total.bit_operations / 1e9:.2f} G per image (float32: {total.float_bit_operations / 1e9:.2f} G)",
+            f"bit operations {total.bit_operations / 1e9:.2f} G per image "
+            f"(float32: {total.float_bit_operations / 1e9:.2f} G)",
             highlight=False,
         )
         return total

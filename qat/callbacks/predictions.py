@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 
 from qat.errors import QatError
-from qat.module import Prediction
+from qat.module import Prediction, QATModule
 
 
 class WritePredictions(L.Callback):
@@ -31,7 +31,8 @@ class WritePredictions(L.Callback):
         """Write the header."""
         if trainer.world_size > 1:
             raise QatError("qat predict writes one table: run it with --trainer.devices 1")
-        top = min(5, pl_module.card.num_classes)  # type: ignore[operator, union-attr]
+        assert isinstance(pl_module, QATModule)
+        top = min(5, pl_module.card.num_classes)
         columns = [f"{name}_{k}" for k in range(1, top + 1) for name in ("class", "prob")]
         self._write("w", [["path", *columns]])
 

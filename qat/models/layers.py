@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.errors import QatError
 from qat.describe import Product
+from qat.errors import QatError
 from qat.insert import Cuts, SiteBuilder, swaps
 
 

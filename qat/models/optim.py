@@ -16,7 +16,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     timm leaves one-dimensional parameters undecayed, which covers steps and offsets (G,); the embeddings are named
     here as well as by the model, because a model wrapped in another loses its own list.
     """
-    own = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else ()
+    own: set[str] = getattr(model, "no_weight_decay", set)()
     groups: list[dict[str, Any]] = param_groups_weight_decay(
         model, weight_decay, no_weight_decay_list={*own, *EMBEDDINGS}
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -34,18 +36,19 @@ class QuantBlock(nn.Module):
 
     def __init__(self, block: Block, site: SiteBuilder) -> None:
         super().__init__()
-        for name, child in block.named_children():
-            self.add_module(name, child)
+        C = cast(Attention, block.attn).qkv.in_features
+        self.norm1, self.attn, self.ls1, self.drop_path1 = block.norm1, block.attn, block.ls1, block.drop_path1
+        self.norm2, self.mlp, self.ls2, self.drop_path2 = block.norm2, block.mlp, block.ls2, block.drop_path2
         swap_children(self, site)
-        self.attn_residual_quant = site.activation("attn_residual_quant", channel=(-1, self.attn.qkv.in_features))
-        self.mlp_residual_quant = site.activation("mlp_residual_quant", channel=(-1, self.attn.qkv.in_features))
+        self.attn_residual_quant = site.activation("attn_residual_quant", channel=(-1, C))
+        self.mlp_residual_quant = site.activation("mlp_residual_quant", channel=(-1, C))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, C) to (B, N, C)."""
         branch = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
         x = self.attn_residual_quant(x + self.drop_path1(self.ls1(branch)))
-        x = self.mlp_residual_quant(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
-        return x
+        out: Tensor = self.mlp_residual_quant(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
+        return out
 
 
 @swaps(Attention)

@@ -116,7 +116,7 @@ def lsq_plus(samples: Tensor, spec: UniformSpec, batched: bool) -> Fit:
 
 
 def percentile(samples: Tensor, spec: UniformSpec, batched: bool) -> Fit:
-    """The range holds ``spec.percentile`` percent of the values; with an offset, both tails give up half of the rest."""
+    """The range holds ``spec.percentile`` percent of the values; with an offset, each tail loses half of the rest."""
     if spec.offset:
         tail = (100 - spec.percentile) / 200
         low, high = _quantile(samples, tail), _quantile(samples, 1 - tail)
