@@ -74,9 +74,11 @@ class QatCLI(LightningCLI):
         self.ckpt: Path | None = config.ckpt
         if self.ckpt is not None:
             card = self._card(self.ckpt)
-            model.update({"recipe": "float", "rules": card.rules, "w_bits": None, "a_bits": None})
-            model.update({"arch": card.arch, "model_args": card.model_args, "num_classes": card.num_classes})
-            model.update({"checkpoint": None, "fresh_head": False, "classes": card.classes})
+            stored = {"arch": card.arch, "model_args": card.model_args, "num_classes": card.num_classes}
+            stored |= {"recipe": "float", "rules": card.rules, "w_bits": None, "a_bits": None}
+            stored |= {"checkpoint": None, "fresh_head": False, "classes": card.classes}
+            for key, value in stored.items():
+                model[key] = value
             data.preprocessing = model.preprocessing = card.preprocessing
         if model.arch is None:
             raise QatError("model.arch is not set: give the name of a timm model, a --config or a --ckpt")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -28,8 +29,7 @@ class SiteRow:
     quantizer: str
     bits: int
     levels: int | None
-    sign: str
-    offset: bool
+    range: str
     granularity: str
     groups: int
     calibrated: bool | None
@@ -66,15 +66,14 @@ def describe(model: nn.Module) -> list[SiteRow]:
 
 def _row(name: str, module: nn.Module) -> SiteRow:
     if not isinstance(module, Quantizer):
-        return SiteRow(name, "float", FLOAT_BITS, None, "", False, "", 0, None)
+        return SiteRow(name, "float", FLOAT_BITS, None, "", "", 0, None)
     spec = module.spec
     return SiteRow(
         site=name,
         quantizer=type(spec).__name__,
         bits=spec.width,
         levels=spec.levels,
-        sign="signed" if spec.signed else "unsigned",
-        offset=getattr(spec, "offset", False),
+        range=f"{spec.qmin}..{spec.qmax}" + (" +offset" if getattr(spec, "offset", False) else ""),
         granularity=spec.granularity,
         groups=module.layout.groups,
         calibrated=module.calibrated,
@@ -148,20 +147,18 @@ def write_csv(rows: list[SiteRow], path: Path) -> None:
 
 
 def as_table(rows: list[SiteRow], full: bool = False) -> Table:
-    """The table for a terminal; sites that differ only in their block number share a line unless ``full``."""
-    table = Table(show_edge=False, pad_edge=False)
+    """The table, 80 columns wide; sites that differ only in their block number share a line unless ``full``."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("site", no_wrap=True)
-    for column in ("sites", "quantizer", "bits", "levels", "range", "steps", "calibrated"):
-        table.add_column(column, justify="right" if column in ("sites", "bits", "levels") else "left")
+    for column in ("n", "spec", "levels", "range", "steps", "ready"):
+        table.add_column(column, justify="right" if column in ("n", "levels") else "left", no_wrap=True)
     for name, count, row in [(row.site, 1, row) for row in rows] if full else list(_folded(rows)):
         if row.quantizer == "float":
             table.add_row(name, str(count), "float", style="dim")
             continue
-        range_ = row.sign + (" + offset" if row.offset else "")
-        steps = row.granularity if row.granularity == "tensor" else f"{row.groups} by {row.granularity}"
-        done = "yes" if row.calibrated else "no"
-        cells: list[Any] = [count, row.quantizer, row.bits, row.levels, range_, steps, done]
-        table.add_row(name, *(str(cell) for cell in cells))
+        steps = row.granularity if row.granularity == "tensor" else f"{row.groups}, {row.granularity}"
+        ready = "yes" if row.calibrated else "no"
+        table.add_row(name, str(count), f"{row.quantizer} {row.bits}", str(row.levels), row.range, steps, ready)
     return table
 
 
