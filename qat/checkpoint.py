@@ -77,6 +77,17 @@ def read(path: str | Path) -> tuple[Card, dict[str, Any]]:
     return Card.from_dict(content[KEY], str(path)), content
 
 
+def find_card(path: str | Path) -> Card | None:
+    """The card of a file, or None if it is no checkpoint of ours."""
+    path = Path(path)
+    if path.suffix != ".ckpt" or not path.is_file():
+        return None
+    try:
+        return read(path)[0]
+    except QatError:
+        return None
+
+
 def load(path: str | Path) -> nn.Module:
     """The quantised model of a checkpoint, in evaluation mode, on the CPU, from this one file alone."""
     card, content = read(path)

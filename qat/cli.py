@@ -35,7 +35,15 @@ TRAINER_DEFAULTS = {
     "reload_dataloaders_every_n_epochs": 1,  # passes differ in crops per image
     "use_distributed_sampler": False,  # the data module spreads the images itself
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # `qat describe` says more
 }
+
+NOISE = (
+    ".*does not have many workers.*",  # the choice of data.workers
+    ".*isinstance\\(treespec, LeafSpec\\).*",  # lightning 2.6 under torch 2.15
+    "Checkpoint directory .* exists and is not empty",  # config.yaml lies there before the first checkpoint
+    ".*could not find the monitored key.*",  # training ended before the first validation
+)
 
 
 class QatCLI(LightningCLI):
@@ -212,21 +220,27 @@ def _recorders(run: Path) -> list[Callback]:
     return [RecordSites(run), LearningRateMonitor("step"), best, last]
 
 
+def run(args: Sequence[str]) -> QatCLI:
+    """Run a command and return what it built: ``model``, ``datamodule`` and ``trainer``; raises what went wrong."""
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop(RUN_FOLDER, None)
+    return QatCLI(
+        QATModule,
+        ImageNetDataModule,
+        trainer_class=Trainer,
+        trainer_defaults=TRAINER_DEFAULTS,
+        parser_kwargs={"prog": "qat", "exit_on_error": False, "description": DESCRIPTION},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # our checkpoints describe themselves
+        args=list(args),
+    )
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it succeeded, 2 with one line on stderr when the input was bad."""
     _set_up_logging()
-    os.environ.pop(RUN_FOLDER, None) if "LOCAL_RANK" not in os.environ else None
     try:
-        QatCLI(
-            QATModule,
-            ImageNetDataModule,
-            trainer_class=Trainer,
-            trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": "qat", "exit_on_error": False, "description": DESCRIPTION},
-            save_config_kwargs={"overwrite": False},
-            auto_configure_optimizers=False,
-            args=list(sys.argv[1:] if args is None else args),
-        )
+        run(sys.argv[1:] if args is None else args)
     except (QatError, ArgumentError) as error:
         print(f"qat: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -241,4 +255,7 @@ def console() -> None:
 def _set_up_logging() -> None:
     handler: logging.Handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # devices that are not there, and advertisements
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)

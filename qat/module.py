@@ -21,9 +21,10 @@ from qat.data.images import Batch
 from qat.errors import QatError
 from qat.insert import quantize, quantizers, raise_for_uncalibrated
 from qat.losses import TopK, soft_cross_entropy, sparse_soft_cross_entropy
-from qat.models import Teacher, build_float, default_preprocessing, param_groups
+from qat.models import build_float, default_preprocessing, param_groups
 from qat.recipe import build_recipe
 from qat.schedules import cosine_with_warmup
+from qat.teacher import build_teacher
 
 
 class Prediction(NamedTuple):
@@ -50,8 +51,10 @@ class QATModule(L.LightningModule):
         w_bits: width of weights where the recipe says w_bits.
         a_bits: width of activations where the recipe says a_bits.
         teacher: timm model whose outputs replace the labels; null trains on labels.
-        teacher_checkpoint: weights of the teacher: pretrained or a local file.
+        teacher_checkpoint: weights of the teacher: pretrained, a local file, or a checkpoint of a run.
         lr: peak learning rate of AdamW; it is not scaled by the batch.
+        step_lr: peak learning rate of steps and offsets; lr when null. AdamW moves a parameter by up to its learning
+            rate however small the parameter is, and an offset of softmax is about 0.002.
         min_lr: learning rate at the end of the cosine.
         warmup_steps: optimiser steps of linear warm-up.
         weight_decay: of weight matrices; steps, offsets, biases, norms and embeddings are never decayed.
@@ -77,6 +80,7 @@ class QATModule(L.LightningModule):
         teacher: str | None = None,
         teacher_checkpoint: str = "pretrained",
         lr: float = 5e-4,
+        step_lr: float | None = None,
         min_lr: float = 0.0,
         warmup_steps: int = 0,
         weight_decay: float = 1e-4,
@@ -91,6 +95,7 @@ class QATModule(L.LightningModule):
         table = build_recipe(recipe, rules or [], w_bits, a_bits)  # before any model is built or downloaded
         self.preprocessing = default_preprocessing(arch, model_args).override(preprocessing or {})
         self.lr, self.min_lr, self.warmup_steps = lr, min_lr, warmup_steps
+        self.step_lr = lr if step_lr is None else step_lr
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         model = build_float(
             arch, checkpoint, num_classes, {**(model_args or {}), "drop_path_rate": drop_path}, fresh_head
@@ -100,7 +105,7 @@ class QATModule(L.LightningModule):
         rules_out = [rule.to_dict() for rule in table]
         self.card = Card(arch, model_args or {}, outputs, rules_out, self.preprocessing.to_dict(), classes or [])
         # not a submodule: a teacher has no place in the checkpoint or the optimiser
-        self.teacher = (Teacher(teacher, teacher_checkpoint, outputs),) if teacher else ()
+        self.teacher = (build_teacher(teacher, teacher_checkpoint, outputs),) if teacher else ()
         self.top1 = MulticlassAccuracy(outputs, average="micro")
         self.top5 = MulticlassAccuracy(outputs, average="micro", top_k=min(5, outputs))
         self.val_loss = MeanMetric()
@@ -173,7 +178,8 @@ class QATModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with undecayed groups, and a cosine that falls at every optimiser step."""
-        optimizer = AdamW(param_groups(self.model, self.weight_decay), lr=self.lr, betas=self.betas, eps=self.eps)
+        groups = param_groups(self.model, self.weight_decay, self.lr, self.step_lr)
+        optimizer = AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
         total, floor = self.total_steps(), self.min_lr / self.lr
         schedule = LambdaLR(optimizer, lambda step: cosine_with_warmup(step, total, self.warmup_steps, floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

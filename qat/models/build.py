@@ -172,8 +172,8 @@ def _pretrained_weights(arch: str, options: Mapping[str, Any]) -> dict[str, Tens
 
 def _head_error(source: str, theirs: int | None, ours: int | None) -> QatError:
     return QatError(
-        f"{source} has a head of {theirs} classes, the data has {ours}: "
-        "for a new, untrained head pass --model.fresh_head true"
+        f"{source} has a head of {theirs} classes, {ours} are needed: "
+        "a student can start from a new, untrained head with --model.fresh_head true"
     )
 
 

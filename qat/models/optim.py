@@ -1,4 +1,4 @@
-"""Which parameters are decayed."""
+"""Which parameters are decayed, and which learn at a rate of their own."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from typing import Any
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from qat.insert import quantizers
+
 EMBEDDINGS = ("pos_embed", "cls_token", "dist_token", "reg_token")
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimiser: steps, offsets, biases, norms and embeddings are not decayed, weights are.
+def param_groups(model: nn.Module, weight_decay: float, lr: float, step_lr: float) -> list[dict[str, Any]]:
+    """Groups for an optimiser: steps and offsets at rate ``step_lr``, the rest at ``lr``; only weights are decayed.
 
-    timm leaves one-dimensional parameters undecayed, which covers steps and offsets (G,); the embeddings are named
-    here as well as by the model, because a model wrapped in another loses its own list.
+    timm leaves biases, norms and other one-dimensional parameters undecayed; the embeddings are named here as well as
+    by the model, because a model wrapped in another loses its own list.
     """
     own: set[str] = getattr(model, "no_weight_decay", set)()
-    groups: list[dict[str, Any]] = param_groups_weight_decay(
-        model, weight_decay, no_weight_decay_list={*own, *EMBEDDINGS}
-    )
-    return groups
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list={*own, *EMBEDDINGS})
+    steps = [p for _, quantizer in quantizers(model) for p in quantizer.parameters() if p.requires_grad]
+    taken = {id(p) for p in steps}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+        group["lr"] = lr
+    groups.append({"params": steps, "weight_decay": 0.0, "lr": step_lr})
+    return [group for group in groups if group["params"]]

@@ -1,6 +1,15 @@
 """Post-training calibration: values for the parameters of quantizers, without training."""
 
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
 from qat.ptq.base import PTQMethod
 from qat.ptq.init_steps import InitSteps
 
-__all__ = ["InitSteps", "PTQMethod"]
+__all__ = ["InitSteps", "PTQMethod", "calibrate"]
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor], method: PTQMethod | None = None) -> None:
+    """Fill every quantizer of ``model``, in place, from normalised images (B, 3, S, S); `InitSteps` unless given."""
+    (method or InitSteps())(model, batches)

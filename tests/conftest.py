@@ -1,0 +1,76 @@
+"""A tiny real world: images of coloured squares, a tiny DeiT, and a trained run of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qat.cli import QatCLI, run
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+CLASSES = ("ant", "bee", "cat")
+
+
+def write_images(split: Path, per_class: int, seed: int) -> None:
+    """Noisy squares whose colour tells the class."""
+    rng = np.random.default_rng(seed)
+    for label, name in enumerate(CLASSES):
+        folder = split / name
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(0, 120, (40, 44, 3))
+            pixels[..., label] += 120
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-folder tree with 3 classes, 24 training and 12 validation images."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", 8, seed=0)
+    write_images(root / "val", 4, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """The config of a run of 6 steps on one core, W4A4."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(
+        f"""
+trainer: {{accelerator: cpu, devices: 1, log_every_n_steps: 1}}
+model:
+  arch: deit_tiny_patch16_224
+  model_args: {TINY}
+  checkpoint: null
+  recipe: vvtq
+  w_bits: 4
+  a_bits: 4
+  lr: 1.0e-3
+data: {{root: {images}, batch_size: 8, crops_per_image: 2, crop_epochs: 3, workers: 0}}
+calibration: {{images: 8, batch_size: 4}}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, config: Path) -> QatCLI:
+    """A finished run: its module, its trainer, its folder."""
+    return run(["fit", "--config", str(config), "--runs", str(tmp_path_factory.mktemp("runs"))])
+
+
+@pytest.fixture(scope="session")
+def ckpt(trained: QatCLI) -> Path:
+    """The last checkpoint of the finished run."""
+    return Path(trained.trainer.default_root_dir) / "last.ckpt"
+
+
+@pytest.fixture
+def fixed_images() -> torch.Tensor:
+    """uint8 images (5, 3, 32, 32)."""
+    return torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

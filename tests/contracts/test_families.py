@@ -1,0 +1,274 @@
+"""What every quantised model family promises, on tiny models. Shapes: B images, N tokens, C channels."""
+
+import copy
+import io
+import pickle
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qat.models  # noqa: F401  registers the families
+from qat.insert import FAMILIES, quantize, quantizers, switched_off
+from qat.models import build_float
+from qat.ptq import InitSteps
+from qat.quantizers import LSQ
+from qat.recipe import Rule, build_recipe
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+DEIT, DISTILLED, VIT = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"
+# One line for each form of each family: timm name and arguments. A new family adds its own.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deit": (DEIT, TINY),
+    "distilled": (DISTILLED, TINY),
+    "no_bias": (VIT, {**TINY, "qkv_bias": False, "proj_bias": False}),
+    "query_key_norm": (VIT, {**TINY, "qk_norm": True}),
+    "inner_norms": (VIT, {**TINY, "scale_attn_norm": True, "scale_mlp_norm": True}),
+    "layer_scale": (VIT, {**TINY, "init_values": 0.5}),
+    "average_pool": (VIT, {**TINY, "global_pool": "avg", "class_token": False, "fc_norm": True}),
+    "registers": (VIT, {**TINY, "reg_tokens": 4, "no_embed_class": True}),
+    "stochastic_depth": (VIT, {**TINY, "drop_path_rate": 0.3, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}),
+}
+FLOAT_PROBS = {"match": "*.attn.probs_quant", "spec": None}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def _float_model(name: str) -> nn.Module:
+    arch, arguments = MODELS[name]
+    torch.manual_seed(0)
+    model = build_float(arch, None, 10, arguments).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # timm's own start hides mistakes: biases are zero and norms are one
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def float_model(name: str) -> nn.Module:
+    return copy.deepcopy(_float_model(name))
+
+
+def recipe(*appended: dict[str, Any]) -> list[Rule]:
+    """VVTQ at 4 bits, with steps that are quick to fit: none of these tests is about good ones."""
+    rules = build_recipe("vvtq", appended, w_bits=4, a_bits=4)
+    return [rule if rule.spec is None else replace(rule, spec=replace(rule.spec, init="percentile")) for rule in rules]
+
+
+@cache
+def _calibrated(name: str) -> nn.Module:
+    model = quantize(float_model(name), recipe())
+    InitSteps()(model, [images(4)])
+    return model
+
+
+def calibrated(name: str) -> nn.Module:
+    return copy.deepcopy(_calibrated(name))
+
+
+def off(model: nn.Module) -> Any:
+    return switched_off([quantizer for _, quantizer in quantizers(model)])
+
+
+def test_every_family_has_a_model():
+    shown = {type(_float_model(name)) for name in MODELS}
+    missing = [root.__name__ for root in FAMILIES if root not in shown]
+    assert not missing, f"add a tiny model of {missing} to MODELS at the top of this file"
+
+
+@every_model
+@torch.no_grad()
+def test_switched_off_the_model_is_the_float_model(name):
+    model = float_model(name)
+    expected = model(images())
+    quantize(model, recipe())
+    with off(model):  # the scores are written out, so sums run in another order than in fused attention
+        torch.testing.assert_close(model(images()), expected, atol=1e-5, rtol=1e-5)
+
+
+@every_model
+@torch.no_grad()
+def test_without_quantised_probabilities_it_is_the_float_model_exactly(name):
+    model = float_model(name)
+    expected = model(images())
+    quantize(model, recipe(FLOAT_PROBS))
+    with off(model):
+        assert torch.equal(model(images()), expected)
+
+
+@every_model
+@torch.no_grad()
+def test_four_bits_change_the_output(name):
+    assert not torch.allclose(calibrated(name)(images()), float_model(name)(images()), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"), [*((name, "tensor") for name in MODELS), ("deit", "finer"), ("inner_norms", "finer")]
+)
+@torch.no_grad()
+def test_wide_codes_give_the_float_model_at_every_granularity(name, cut):
+    wide = LSQ(16, init="percentile", percentile=100)
+    rules = [Rule("*", wide)]
+    if cut == "finer":
+        channel, head, qkv = (replace(wide, granularity=kind) for kind in ("channel", "head", "qkv"))
+        rules += [Rule("*_quant", channel), Rule("*.attn.[qkvsp]*_quant", head), Rule("*.qkv.weight_quant", qkv)]
+        rules += [Rule("*.attn.*.*put_quant", channel)]  # only the projection knows heads at its input
+    model = quantize(float_model(name), rules)
+    InitSteps()(model, [images()] * 5)  # values are drawn with replacement, so look often
+    for _, quantizer in quantizers(model):
+        quantizer.step.mul_(4)  # a value that was never drawn is not clipped either
+    torch.testing.assert_close(model(images()), float_model(name)(images()), atol=0.02, rtol=0.02)
+
+
+@every_model
+def test_names_are_kept_and_parameters_are_shared(name):
+    model = float_model(name)
+    names, before = set(model.state_dict()), dict(model.named_parameters())
+    quantize(model, recipe())
+    after = dict(model.named_parameters())
+    assert all(after[key] is value for key, value in before.items())
+    added = set(model.state_dict()) - names
+    assert names <= set(model.state_dict())
+    assert all(key.endswith(("_quant.step", "_quant.offset")) for key in added)
+
+
+class Products(TorchDispatchMode):
+    """Keeps the operands of every matrix product and convolution, as the device computes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[tuple[str, Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "convolution"):
+            self.operands += [(name, args[0]), (name, args[1])]
+        elif name in ("addmm", "baddbmm"):
+            self.operands += [(name, args[1]), (name, args[2])]
+        assert "attention" not in name, "fused attention hides its operands"
+        return func(*args, **(kwargs or {}))
+
+
+@every_model
+@torch.no_grad()
+def test_every_operand_of_every_product_has_a_site(name):
+    model = quantize(float_model(name), [Rule("*", LSQ(2, init="lsq"))])
+    InitSteps()(model, [images(4)])
+    with Products() as products:
+        model(images())
+    heads = 2 if name == "distilled" else 1
+    assert len(products.operands) == 2 * (1 + 2 * 6 + heads)  # embedding, six products in each of two blocks, head
+    for operation, operand in products.operands:
+        assert operand.unique().numel() <= 4, operation
+
+
+@pytest.mark.parametrize("name", ["deit", "inner_norms", "layer_scale"])  # the others differ outside the block
+def test_a_block_is_one_graph(name):
+    torch._dynamo.reset()
+    block = calibrated(name).blocks[0]
+    explained = torch._dynamo.explain(block)(torch.randn(2, 17, 24))
+    assert explained.graph_break_count == 0, explained.break_reasons
+    assert explained.graph_count == 1
+
+
+@every_model
+@pytest.mark.parametrize("training", [True, False])
+def test_the_training_flag_is_kept(name, training):
+    model = float_model(name).train(training)
+    model.blocks[1].train(not training)
+    quantize(model, recipe())
+    for key, module in model.named_modules():
+        assert module.training == (training != key.startswith("blocks.1")), key
+
+
+@every_model
+@torch.no_grad()
+def test_copies_and_pickles_compute_the_same(name):
+    model = calibrated(name)
+    expected = model(images())
+    assert torch.equal(copy.deepcopy(model)(images()), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images()), expected)
+
+
+@every_model
+@torch.no_grad()
+def test_saved_built_afresh_and_strictly_loaded_it_gives_the_same_logits(name):
+    model = calibrated(name)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    arch, arguments = MODELS[name]
+    fresh = quantize(build_float(arch, None, 10, arguments).eval(), recipe())
+    fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert torch.equal(fresh(images()), model(images()))
+
+
+@every_model
+def test_every_parameter_gets_a_gradient(name):
+    model = calibrated(name)  # in evaluation mode: stochastic depth may drop a whole branch
+    model(images()).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@every_model
+@torch.no_grad()
+def test_every_quantizer_is_visited_once_in_a_forward(name):
+    model, visits = calibrated(name), Counter()
+    for key, quantizer in quantizers(model):
+        quantizer.register_forward_hook(lambda *_, key=key: visits.update([key]))
+    model(images())
+    assert visits == dict.fromkeys((key for key, _ in quantizers(model)), 1)
+
+
+def masks(tokens: int) -> dict[str, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(2)
+    seen = torch.rand(2, 1, tokens, tokens, generator=generator) < 0.6
+    seen[..., 0] = True  # a row that sees nothing has no softmax
+    bias = torch.randn(tokens, tokens, generator=generator)
+    return {
+        "none": {},
+        "causal": {"is_causal": True},
+        "bool": {"attn_mask": seen},
+        "float": {"attn_mask": bias},
+        "infinite": {"attn_mask": torch.zeros(2, 1, tokens, tokens).masked_fill(~seen, float("-inf"))},
+    }
+
+
+@pytest.mark.parametrize("mask", masks(17).values(), ids=masks(17))
+@pytest.mark.parametrize("name", ["deit", "query_key_norm", "inner_norms"])
+@pytest.mark.parametrize("fused", [True, False])
+@torch.no_grad()
+def test_masks_mean_what_they_mean_in_timm(name, mask, fused):
+    block = float_model(name).blocks[0]
+    x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(3))
+    expected = block(x, **mask)
+    model = float_model(name)
+    quantize(model, recipe(*[FLOAT_PROBS] * fused))
+    with off(model):
+        torch.testing.assert_close(model.blocks[0](x, **mask), expected, atol=0 if fused else 1e-5, rtol=0)
+
+
+@pytest.mark.xfail(reason="the mask is added before scores_quant, which clips minus infinity to its lowest value")
+@pytest.mark.parametrize(
+    "mask", [{"is_causal": True}, {"attn_mask": torch.ones(17, 17, dtype=torch.bool).tril()}], ids=str
+)
+@torch.no_grad()
+def test_quantised_scores_do_not_let_masked_tokens_through(mask):
+    model = quantize(float_model("deit"), [Rule("*.attn.scores_quant", LSQ(4, init="lsq"))])
+    InitSteps()(model, [images(4)])
+    x = torch.randn(1, 17, 24, generator=torch.Generator().manual_seed(3))
+    later = x.clone()
+    later[:, 10:] = 0
+    attn = model.blocks[0].attn
+    assert torch.equal(attn(x, **mask)[:, :10], attn(later, **mask)[:, :10])
