@@ -42,6 +42,7 @@ NOISE = (
     ".*does not have many workers.*",  # the choice of data.workers
     ".*isinstance\\(treespec, LeafSpec\\).*",  # lightning 2.6 under torch 2.15
     "Checkpoint directory .* exists and is not empty",  # config.yaml lies there before the first checkpoint
+    ".*callbacks used to create the checkpoint.*",  # evaluation needs none of them
     ".*could not find the monitored key.*",  # training ended before the first validation
 )
 
@@ -150,7 +151,8 @@ class QatCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add the callbacks and the run folder of a training run."""
         config = self.config_init[self.subcommand].trainer
-        callbacks = [*(config.callbacks or []), *_progress(config)]
+        bar = sys.stdout.isatty() and config.enable_progress_bar is not False
+        callbacks = [*(config.callbacks or []), RichProgressBar() if bar else ConsoleLog()]
         if self.subcommand == "fit":
             run = self._run_folder()
             callbacks += _recorders(run)
@@ -161,7 +163,7 @@ class QatCLI(LightningCLI):
         else:
             self.save_config_callback = None
             kwargs |= {"logger": False, "enable_checkpointing": False}
-        kwargs["enable_progress_bar"] = False if config.enable_progress_bar is False else sys.stdout.isatty()
+        kwargs["enable_progress_bar"] = bar
         trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if self.ckpt is not None or self.subcommand == "describe":
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Calibrate)]
@@ -205,18 +207,12 @@ def _contradiction(path: Path, key: str, given: Any, stored: Any) -> QatError:
     return QatError(f"{key} is {given}, but the checkpoint {path} has {stored}: leave the option out")
 
 
-def _progress(config: Namespace) -> list[Callback]:
-    if config.enable_progress_bar is False:
-        return []
-    return [RichProgressBar()] if sys.stdout.isatty() else [ConsoleLog()]
-
-
 def _recorders(run: Path) -> list[Callback]:
     """What a training run saves: its table, the last checkpoint, and the best one, selected on validation images."""
     best = ModelCheckpoint(
         run, "best_on_val_{epoch}", monitor="val/top1", mode="max", save_top_k=1, auto_insert_metric_name=False
     )
-    last = ModelCheckpoint(run, "last", enable_version_counter=False)
+    last = ModelCheckpoint(run, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     return [RecordSites(run), LearningRateMonitor("step"), best, last]
 
 

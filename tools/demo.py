@@ -1,6 +1,6 @@
 """The demo: handwritten digits, a small vision transformer, and what 4 and 2 bits do to it before and after training.
 
-    python tools/demo.py                    -> demo_out/, 2 minutes on 2 cores
+    python tools/demo.py                    -> demo_out/, 2 to 3 minutes
     python tools/demo.py --out DIR --quick     one short pass per training: runs everything, learns little
 
 Every command is printed as you would type it, then run in this process: loading PyTorch takes seconds.
@@ -27,7 +27,7 @@ from qat.errors import QatError
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs" / "demo"))
 BITS = (4, 2)
 QUICK = ("--data.crop_epochs", "1", "--trainer.check_val_every_n_epoch", "1")
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,19 @@ def qat(*options: object) -> None:
     from qat.cli import main
 
     words = [str(option) for option in options]
-    console.print(f"[bold cyan]$ qat {shlex.join(words)}", markup=True)
+    show("qat", *words)
     if code := main(words):
         sys.exit(code)
 
 
+def show(*words: str) -> None:
+    """A command as a user would type it."""
+    console.print(f"$ {shlex.join(words)}", style="bold cyan")
+
+
 def title(text: str) -> None:
     """A heading between commands."""
-    console.print(f"\n[bold]== {text}")
+    console.print(f"\n== {text}", style="bold")
 
 
 def trained(model: str, top1: float, ckpt: Path) -> Row:
@@ -120,10 +125,10 @@ def run(demo: Demo) -> int:
     """Everything; 0 when training has improved the model with the fewest bits."""
     started = time.perf_counter()
     data = demo.out / "data"
-    console.print(f"[bold cyan]$ python {shlex.quote(os.path.relpath(digits.__file__))} {shlex.quote(str(data))}")
+    show("python", os.path.relpath(digits.__file__), str(data))
     digits.write(data)
     # one thread: two are no faster on so small a model, far slower on a busy machine, and round differently
-    console.print("[bold cyan]$ export OMP_NUM_THREADS=1")
+    show("export", "OMP_NUM_THREADS=1")
     os.environ["OMP_NUM_THREADS"] = "1"
     console.print("loading PyTorch, timm and Lightning ...")
     weights, row = demo.float_model()

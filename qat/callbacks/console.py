@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ class ConsoleLog(L.Callback):
         log.info("step %d (%s): %s", trainer.global_step, place, _format(trainer))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the metrics of a validation."""
+        """Log the metrics of a validation during training; `qat validate` prints its own."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         log.info("validation at step %d: %s", trainer.global_step, _format(trainer, "val/"))
 
 

@@ -76,7 +76,7 @@ def build_float(
             raise _head_error(f"the weights of {arch}", _cfg_classes(arch), num_classes)
     try:
         model: nn.Module = timm.create_model(arch, **options)
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:
         raise QatError(f"model.model_args: {arch} does not take {dict(model_args or {})}: {error}") from None
     except (OSError, RuntimeError) as error:
         if "pretrained" not in options:

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import fitting
@@ -142,17 +143,17 @@ class FakeQuantize(torch.autograd.Function):
         return (out if offset is None else out.add_(offset)).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``step`` and ``offset`` (equations at the top of the file)."""
         x, step, offset, gain = ctx.saved_tensors
         gain = ctx.gain if gain is None else gain
         v = _scaled(x, step, offset)
         code = v.clamp(ctx.qmin, ctx.qmax)
-        inside = v == code
-        code.round_()
+        inside = torch.eq(v, code, out=torch.empty_like(v))  # 1.0 or 0.0: a bool mask costs two more passes
         grad = grads[0].to(v.dtype)
-        d_x = grad * inside
-        d_step = (code.addcmul_(v, inside.to(v.dtype), value=-1).mul_(grad).sum_to_size(step.shape)) * gain
+        d_step = code.round_().addcmul_(v, inside, value=-1).mul_(grad).sum_to_size(step.shape) * gain
+        d_x = inside.mul_(grad)
         d_offset = None if offset is None else (grad - d_x).sum_to_size(offset.shape)
         return d_x.to(x.dtype), d_step, d_offset, None, None, None
 
