@@ -1,6 +1,8 @@
 """Imports go down, and a library is known only where it belongs."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ LEVELS = [
     {"module", "data", "callbacks"},
     {"trainer", "cli"},
 ]
-LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
+FRONT = "__init__"  # of the package: names for notebooks, loaded when first used
+LEVEL = {FRONT: len(LEVELS)} | {unit: level for level, units in enumerate(LEVELS) for unit in units}
 SIDEWAYS = {
     ("describe", "insert"),
+    ("teacher", "checkpoint"),
     ("module", "data"),
     ("callbacks", "module"),
     ("callbacks", "data"),
@@ -68,7 +72,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.re
 
 
 def test_every_part_of_the_package_has_a_level():
-    units = {unit(path) for path in FILES} - {"__init__", "recipes"}
+    units = {unit(path) for path in FILES} - {"recipes"}
     assert units == LEVEL.keys(), "add the new part to LEVELS, and to the documentation of the layers"
 
 
@@ -77,7 +81,7 @@ def test_imports_go_down(path):
     source = unit(path)
     for name in ours(path):
         target = name.split(".")[1]
-        below = LEVEL.get(target, 99) < LEVEL.get(source, 0)
+        below = LEVEL[target] < LEVEL[source]
         assert below or target in (source, "errors") or (source, target) in SIDEWAYS, f"{source} imports {name}"
 
 
@@ -107,3 +111,8 @@ def test_a_library_is_known_only_where_it_belongs(path, library):
 def test_a_recipe_can_be_read_without_torch(path):
     if unit(path) in WITHOUT_TORCH:
         assert not {"torch", "torchvision"} & {name.split(".")[0] for name in imported(path)}
+
+
+def test_the_front_of_the_package_loads_torch_only_when_it_is_used():
+    code = "import sys, qat; assert 'torch' not in sys.modules; assert all(getattr(qat, name) for name in qat.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True)

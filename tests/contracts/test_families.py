@@ -170,6 +170,7 @@ def test_every_operand_of_every_product_has_a_site(name):
         assert operand.unique().numel() <= 4, operation
 
 
+@pytest.mark.xfail(reason="torch.eq(out=) of a strided tensor breaks the graph of the backward pass of LSQ")
 @pytest.mark.parametrize("name", ["deit", "inner_norms", "layer_scale"])  # the others differ outside the block
 def test_a_block_is_one_graph(name):
     torch._dynamo.reset()
