@@ -1,0 +1,53 @@
+"""What README and configs promise works as written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qat.cli import main
+from qat.insert import quantizers
+from qat.models import build_float
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [line for line in COMMANDS if line.startswith("qat ") and not line.startswith("qat describe")]
+BITS = ("--model.w_bits", "4", "--model.a_bits", "4")
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 6
+    save_file(build_float("deit_tiny_patch16_224", None).state_dict(), tmp_path / "deit_tiny.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names = {"images": torch.randn(2, 3, 224, 224)}
+    exec(example, names)
+    assert torch.isfinite(names["logits"]).all()
+    assert len(list(quantizers(names["model"]))) == 148
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_readme_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(command)[1:], "--print_config"])
+    assert stop.value.code in (0, None)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_can_be_described(config: Path) -> None:
+    text = config.read_text()
+    by_flags = "recipe: vvtq" in text and "  w_bits:" not in text
+    assert main(["describe", "--config", str(config), *(BITS if by_flags else ())]) == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_says_how_to_run_it(config: Path) -> None:
+    assert "qat " in "".join(config.read_text().splitlines(keepends=True)[:5])
