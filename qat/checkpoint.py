@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
-from qat.errors import QatError
+from qat.errors import QatError, first_line
 from qat.insert import quantize
 from qat.models import build_float
 from qat.recipe import Rule
@@ -67,8 +66,8 @@ def read(path: str | Path) -> tuple[Card, dict[str, Any]]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError, ValueError) as error:
-        raise QatError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise QatError(f"cannot read the checkpoint {path}: {first_line(error)}") from None
     if not isinstance(content, dict) or KEY not in content:
         raise QatError(
             f"{path} does not describe a quantised model, so it was not written by `qat fit`; "

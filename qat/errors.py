@@ -1,4 +1,9 @@
-"""The one error that a user can cause."""
+"""The one error that a user can cause, and the text of others."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class QatError(ValueError):

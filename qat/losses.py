@@ -25,11 +25,11 @@ def sparse_soft_cross_entropy(logits: Tensor, labels: TopK) -> Tensor:
 
     The rest is clamped at 0: probabilities rounded to half precision can sum to more than 1.
     """
-    log_probs = F.log_softmax(logits.float(), dim=-1)  # (B, C)
+    log_probs, probs = F.log_softmax(logits.float(), dim=-1), labels.probs.float()  # (B, C), (B, k)
     top = log_probs.gather(1, labels.classes)  # (B, k)
-    rest = (1 - labels.probs.sum(1)).clamp(min=0)
-    others = log_probs.shape[1] - labels.probs.shape[1]
-    loss = (labels.probs * top).sum(1)
+    rest = (1 - probs.sum(1)).clamp(min=0)
+    others = log_probs.shape[1] - probs.shape[1]
+    loss = (probs * top).sum(1)
     if others:
         loss = loss + rest / others * (log_probs.sum(1) - top.sum(1))
     return -loss.mean()

@@ -61,9 +61,16 @@ class Spec:
     kinds: ClassVar[dict[str, type[Spec]]] = {}
 
     def __init_subclass__(cls) -> None:
-        Spec.kinds[cls.__name__] = cls
+        if cls.__module__.startswith("qat."):  # others are named by their dotted path, and cannot shadow ours
+            Spec.kinds[cls.__name__] = cls
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("bool", bool) and not isinstance(value, bool):
+                raise QatError(f"{field.name} is {value!r}: give true or false")
+            if field.type in ("float", float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise QatError(f"{field.name} is {value!r}: give a number")
         number = isinstance(self.bits, int) and not isinstance(self.bits, bool) and MIN_BITS <= self.bits <= MAX_BITS
         if not number and self.bits not in get_args(Width):
             raise QatError(f"bits is {self.bits!r}: give {MIN_BITS} to {MAX_BITS}, or the word w_bits or a_bits")
@@ -167,7 +174,7 @@ def read_rules(recipe: str) -> list[Any]:
     if recipe in named:
         text = named[recipe].read_text(encoding="utf-8")
     elif Path(recipe).suffix in (".yaml", ".yml") and Path(recipe).is_file():
-        text = Path(recipe).read_text(encoding="utf-8")
+        text = Path(recipe).read_text(encoding="utf-8", errors="replace")
     else:
         raise QatError(f"no recipe {recipe!r}: choose from {', '.join(sorted(named))}, or give the path of a YAML file")
     try:
@@ -186,19 +193,23 @@ def spec_from_dict(spec: Any) -> Spec:
     _check_keys(spec, ("class_path", "init_args"), required=("class_path",), where="spec")
     kind = _find_kind(spec["class_path"])
     options = spec.get("init_args") or {}
+    if not isinstance(options, Mapping):
+        raise QatError(f"init_args of {kind.__name__} is {options!r}: write {{bits: 4, ...}}")
     _check_keys(options, [f.name for f in fields(kind)], required=("bits",), where=kind.__name__)
     return kind(**options)
 
 
-def _find_kind(class_path: str) -> type[Spec]:
+def _find_kind(class_path: Any) -> type[Spec]:
     importlib.import_module("qat.quantizers")  # registers the quantizers that come with the package
+    if not isinstance(class_path, str):
+        raise QatError(f"class_path is {class_path!r}: give the name of a quantizer class")
     if class_path not in Spec.kinds and "." in class_path:
         module, _, name = class_path.rpartition(".")
         try:
             kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise QatError(f"cannot import the quantizer {class_path!r}: {error}") from None
-        if isinstance(kind, type) and issubclass(kind, Spec):
+        if isinstance(kind, type) and issubclass(kind, Spec) and kind is not Spec:
             return kind
     if class_path not in Spec.kinds:
         raise QatError(f"no quantizer is called {class_path!r}: choose from {', '.join(sorted(Spec.kinds))}")

@@ -144,11 +144,7 @@ def convnext() -> nn.Module:
         (lambda: tiny("vit_tiny_patch16_224", block_fn=ParallelScalingBlock), r"blocks\.0 is a ParallelScalingBlock"),
         (swin_v2, "SwinTransformerV2 is not a model family.*it knows VisionTransformer"),
         (convnext, "ConvNeXt is not a model family"),
-        pytest.param(
-            lambda: build_float("vit_tiny_r_s16_p8_224", None, 10, {"img_size": 32, "depth": 1}),
-            "patch_embed.*Hybrid",
-            marks=pytest.mark.xfail(reason="convolutions of a hybrid embedding stay in floating point unnoticed"),
-        ),
+        (lambda: build_float("vit_tiny_r_s16_p8_224", None, 10, {"img_size": 32, "depth": 1}), "patch_embed.*Hybrid"),
     ],
     ids=["gated", "differential", "other", "pooling", "parallel", "swin_v2", "convnext", "hybrid"],
 )

@@ -76,7 +76,6 @@ def test_half_precision_probabilities_that_sum_above_one_leave_no_negative_rest(
     assert loss.item() == pytest.approx(-(probs[0].float() @ log_probs[[2, 4]]).item(), abs=1e-6)
 
 
-@pytest.mark.xfail(reason="the rest is summed and spread in half precision")
 def test_half_precision_probabilities_are_summed_in_float32():
     logits, labels = draw(8, 1000, 5)
     half = labels._replace(probs=labels.probs.half())

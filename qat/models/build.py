@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 from torch import Tensor, nn
 
-from qat.errors import QatError
+from qat.errors import QatError, first_line
 from qat.preprocessing import Preprocessing
 
 log = logging.getLogger(__name__)
@@ -32,7 +30,11 @@ def check_arch(arch: str) -> None:
         near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
         hint = f"; similar names: {', '.join(near)}" if near else ""
         raise QatError(f"model.arch: timm {timm.__version__} has no model {name!r}{hint}")
-    if tag and get_pretrained_cfg(arch, allow_unregistered=False) is None:
+    try:
+        known = not tag or get_pretrained_cfg(arch, allow_unregistered=False) is not None
+    except RuntimeError:
+        known = False
+    if not known:
         raise QatError(f"model.arch: timm {timm.__version__} has no weights {tag!r} for {name!r}")
 
 
@@ -43,7 +45,12 @@ def default_preprocessing(arch: str, model_args: Mapping[str, Any] | None = None
     data = resolve_data_config({}, pretrained_cfg=cfg.to_dict() if cfg else {})
     size = data["input_size"][-1]
     plain = Preprocessing(size, int(size / data["crop_pct"]), data["interpolation"], data["mean"], data["std"])
-    return plain.override({"size": (model_args or {}).get("img_size")})
+    size = (model_args or {}).get("img_size")
+    if isinstance(size, list | tuple):
+        if len(set(size)) != 1:
+            raise QatError(f"model.model_args.img_size is {list(size)}: only square images are supported")
+        size = size[0]
+    return plain.override({"size": size})
 
 
 def build_float(
@@ -98,8 +105,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise QatError(f"model.checkpoint: cannot read {path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise QatError(f"model.checkpoint: cannot read {path}: {first_line(error)}") from None
     for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -178,8 +185,7 @@ def _head_error(source: str, theirs: int | None, ours: int | None) -> QatError:
 
 
 def _download_error(arch: str, error: Exception) -> QatError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return QatError(
-        f"cannot get the pretrained weights of {arch} ({reason}): pass a local file as --model.checkpoint FILE, "
-        "or --model.checkpoint null for random weights"
+        f"cannot get the pretrained weights of {arch} ({first_line(error)}): "
+        "pass a local file as --model.checkpoint FILE, or --model.checkpoint null for random weights"
     )

@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from qat.quantizers import FloatSite
 @family(VisionTransformer, VisionTransformerDistilled)
 def check(model: VisionTransformer) -> None:
     """Refuse, by name, what would compute matrix products that no site reaches."""
+    if type(model.patch_embed) is not PatchEmbed:
+        raise QatError(f"patch_embed is a {type(model.patch_embed).__name__}: only timm's PatchEmbed is reproduced")
     if model.attn_pool is not None:
         raise QatError(f"attention pooling ({type(model.attn_pool).__name__}) is not reproduced: use token or avg pool")
     for i, block in enumerate(model.blocks):
@@ -91,14 +93,14 @@ class QuantAttention(nn.Module):
         if isinstance(self.scores_quant, FloatSite) and isinstance(self.probs_quant, FloatSite):
             dropout = self.attn_drop.p if self.training else 0.0
             return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-        scores = (q * self.scale) @ k.transpose(-2, -1)  # (B, H, N, N)
-        if is_causal:
+        scores = self.scores_quant((q * self.scale) @ k.transpose(-2, -1))  # (B, H, N, N)
+        if is_causal:  # a mask comes after scores_quant, which would clip -inf
             scores = scores + scores.new_full(scores.shape[-2:], float("-inf")).triu_(1)
         elif attn_mask is not None and attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         elif attn_mask is not None:
             scores = scores + attn_mask
-        probs = self.probs_quant(self.scores_quant(scores).softmax(-1))
+        probs = self.probs_quant(scores.softmax(-1))
         out: Tensor = self.attn_drop(probs) @ v
         return out
 

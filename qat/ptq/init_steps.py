@@ -54,8 +54,9 @@ def sampling(wanted: dict[str, Quantizer], count: int, seed: int) -> Iterator[di
 
     def keep(name: str, quantizer: Quantizer, x: Tensor) -> None:
         rows = quantizer.grouped(x.float())
-        pick = torch.randint(rows.shape[1], (min(count, rows.shape[1]),), generator=generator)
-        seen[name].append(rows[:, pick.to(rows.device)])
+        if rows.shape[1] > count:
+            rows = rows[:, torch.randint(rows.shape[1], (count,), generator=generator).to(rows.device)]
+        seen[name].append(rows.clone())
 
     hooks = [
         quantizer.register_forward_pre_hook(lambda module, args, name=name: keep(name, module, args[0]))

@@ -49,7 +49,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """The smallest integer type that holds every code."""
+        """The integer type of codes: int8 or uint8 up to 8 bits, int32 beyond."""
         if self.spec.levels <= 2**8:
             return torch.int8 if self.spec.signed else torch.uint8
         return torch.int32

@@ -89,15 +89,15 @@ def alternate(x: Tensor, step: Tensor, offset: Tensor, spec: UniformSpec) -> Fit
 def best_range(x: Tensor, spec: UniformSpec) -> Fit:
     """The clipped range, among `CANDIDATES` of them, with the least squared error."""
     low, high = x.amin(1), x.amax(1)
-    offset = low if spec.offset else torch.zeros_like(low)
     full = (high - low) / (spec.qmax - spec.qmin) if spec.offset else _full_step(low, high, spec)
     best, best_error = full, torch.full_like(full, torch.inf)
     for shrink in torch.linspace(1, 1 / CANDIDATES, CANDIDATES).tolist():
         step = full * shrink
+        offset = _offset_from(low, step, spec)
         values = _codes(x, step, offset, spec) * step[:, None] + offset[:, None]
         error = (values - x).square().mean(1)
         best, best_error = torch.where(error < best_error, step, best), torch.minimum(error, best_error)
-    return best, offset
+    return best, _offset_from(low, best, spec)
 
 
 def lsq(samples: Tensor, spec: UniformSpec, batched: bool) -> Fit:
@@ -110,7 +110,7 @@ def lsq_plus(samples: Tensor, spec: UniformSpec, batched: bool) -> Fit:
     """Weights: the larger end of mean +- 3 deviations over 2**(bits-1). Activations: joint fit of step and offset."""
     if batched:
         return mse(samples, spec, batched)
-    mean, deviation = samples.mean(1), samples.std(1)
+    mean, deviation = samples.mean(1), samples.std(1, correction=min(1, samples.shape[1] - 1))
     step = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs()) / 2 ** (spec.width - 1)
     return step, torch.zeros_like(step)
 
@@ -120,8 +120,10 @@ def percentile(samples: Tensor, spec: UniformSpec, batched: bool) -> Fit:
     if spec.offset:
         tail = (100 - spec.percentile) / 200
         low, high = _quantile(samples, tail), _quantile(samples, 1 - tail)
-        return (high - low) / (spec.qmax - spec.qmin), low
-    step = _quantile(samples.abs(), spec.percentile / 100) / spec.qmax
+        step = (high - low) / (spec.qmax - spec.qmin)
+        return step, _offset_from(low, step, spec)
+    reached = samples.abs() if spec.qmin < 0 else samples  # an unsigned grid without offset ends at zero
+    step = _quantile(reached, spec.percentile / 100).clamp(min=0) / spec.qmax
     return step, torch.zeros_like(step)
 
 
@@ -136,6 +138,11 @@ METHODS: dict[str, Callable[[Tensor, UniformSpec, bool], Fit]] = {
 def _codes(x: Tensor, step: Tensor, offset: Tensor, spec: UniformSpec) -> Tensor:
     safe = torch.where(step > 0, step, 1)[:, None]
     return ((x - offset[:, None]) / safe).clamp_(spec.qmin, spec.qmax).round_()
+
+
+def _offset_from(low: Tensor, step: Tensor, spec: UniformSpec) -> Tensor:
+    """The offset that puts the lowest code on ``low``; zero where the spec has none."""
+    return low - spec.qmin * step if spec.offset else torch.zeros_like(low)
 
 
 def _full_step(low: Tensor, high: Tensor, spec: UniformSpec) -> Tensor:

@@ -97,6 +97,8 @@ class LSQQuantizer(Quantizer):
     @torch.no_grad()
     def gain(self, x: Tensor) -> float | Tensor:
         """Gain of the step's gradient, shaped to broadcast over ``x``."""
+        if not x.numel():
+            return 1.0  # an empty batch has no gradient to scale
         values = x.numel() // self.layout.groups
         match self.spec.grad_scale:
             case "numel":
@@ -149,10 +151,11 @@ class FakeQuantize(torch.autograd.Function):
         x, step, offset, gain = ctx.saved_tensors
         gain = ctx.gain if gain is None else gain
         v = _scaled(x, step, offset)
-        code = v.clamp(ctx.qmin, ctx.qmax)
-        inside = torch.eq(v, code, out=torch.empty_like(v))  # 1.0 or 0.0: a bool mask costs two more passes
+        clipped = v.clamp(ctx.qmin, ctx.qmax)
+        inside = v.eq_(clipped)  # 1.0 or 0.0 in place: a bool mask costs two more passes
         grad = grads[0].to(v.dtype)
-        d_step = code.round_().addcmul_(v, inside, value=-1).mul_(grad).sum_to_size(step.shape) * gain
+        d = clipped.round().addcmul_(clipped, inside, value=-1)  # not v: inf * 0 is NaN
+        d_step = d.mul_(grad).sum_to_size(step.shape) * gain
         d_x = inside.mul_(grad)
         d_offset = None if offset is None else (grad - d_x).sum_to_size(offset.shape)
         return d_x.to(x.dtype), d_step, d_offset, None, None, None

@@ -98,7 +98,6 @@ def test_activations_are_those_of_the_float_model():
     assert same(found, {name: value for name, value in values(coarse).items() if name in found})
 
 
-@pytest.mark.xfail(reason="values are drawn with replacement even where all of them would fit")
 def test_a_tensor_smaller_than_the_sample_is_seen_whole():
     model = tiny(Rule("head.input_quant", LSQ(8, init="percentile", percentile=100)))
     seen = []

@@ -9,9 +9,6 @@ from qat.quantizers import LSQ, LSQQuantizer, fitting
 from qat.recipe import Layout
 
 W = torch.tensor([[-0.90, -0.35, -0.10, 0.04, 0.22, 0.80, 0.61, -0.48]])
-SIGNED_OFFSET = pytest.mark.xfail(
-    reason="the offset of a signed grid is set to the low end of the range, not to its zero"
-)
 
 
 def fitted(spec: LSQ, samples: Tensor, batched: bool = False) -> LSQQuantizer:
@@ -139,7 +136,7 @@ def test_a_constant_quantises_to_itself(init, batched, value, offset):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"offset": True, "signed": False}, pytest.param({"offset": True}, marks=SIGNED_OFFSET)],
+    [{}, {"offset": True, "signed": False}, {"offset": True}],
     ids=["plain", "unsigned", "signed"],
 )
 @pytest.mark.parametrize("share", [90.0, 99.0, 99.9, 100.0])
@@ -152,7 +149,6 @@ def test_a_percentile_covers_the_stated_share(options, share):
     assert 100 * inside.item() == pytest.approx(share, abs=0.03)  # the two ends lie on a value each
 
 
-@SIGNED_OFFSET
 @pytest.mark.parametrize("init", ["mse", "percentile"])
 def test_the_sign_of_the_codes_does_not_matter_where_there_is_an_offset(init):
     torch.manual_seed(0)
