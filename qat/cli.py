@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -218,6 +218,7 @@ def _recorders(run: Path) -> list[Callback]:
 
 def run(args: Sequence[str]) -> QatCLI:
     """Run a command and return what it built: ``model``, ``datamodule`` and ``trainer``; raises what went wrong."""
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)  # the specs of rules are ours to read
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(RUN_FOLDER, None)
     return QatCLI(

@@ -76,7 +76,8 @@ class TestFit:
         args = ["--model.teacher", "deit_tiny_patch16_224", "--model.teacher_checkpoint", str(ckpt)]
         cli = run(["fit", "--config", str(config), "--runs", str(tmp_path), "--trainer.max_steps", "2", *args])
         assert not any(name.startswith("teacher") for name in cli.model.state_dict())
-        assert len(cli.trainer.optimizers[0].param_groups) == 2
+        trained = {id(p) for group in cli.trainer.optimizers[0].param_groups for p in group["params"]}
+        assert trained == {id(p) for p in cli.model.parameters()}
 
     def test_mixed_precision_accumulation_and_clipping(self, config: Path, tmp_path: Path) -> None:
         options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
