@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from rich.logging import RichHandler
 
 from qat import checkpoint
+from qat.agreement import check_agreement
 from qat.callbacks import Calibrate, ConsoleLog, RecordSites
 from qat.data import ImageNetDataModule
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
@@ -30,7 +32,6 @@ from qat.trainer import Trainer
 
 DESCRIPTION = "Low-bit quantization of timm vision transformers. Start with: qat fit --config configs/deit_t_w4a4.yaml"
 RUN_FOLDER = "QAT_RUN_FOLDER"  # started processes inherit it, so all ranks of a run share one folder
-RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")
 TRAINER_DEFAULTS = {
     "reload_dataloaders_every_n_epochs": 1,  # passes differ in crops per image
     "use_distributed_sampler": False,  # the data module spreads the images itself
@@ -81,8 +82,13 @@ class QatCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         model, data = config.model, config.data
         self.ckpt: Path | None = config.ckpt
+        if self.subcommand == "fit" and self.ckpt is not None and not config.config:
+            raise QatError(
+                "qat fit --ckpt goes on with a run: give its --config too, for the data, teacher and schedule"
+            )
         if self.ckpt is not None:
-            card = self._card(self.ckpt)
+            card, _ = checkpoint.read(self.ckpt)
+            check_agreement(card, self.ckpt, self.given[str(self.subcommand)])
             stored = {"arch": card.arch, "model_args": card.model_args, "num_classes": card.num_classes}
             stored |= {"recipe": "float", "rules": card.rules, "w_bits": None, "a_bits": None}
             stored |= {"checkpoint": None, "fresh_head": False, "classes": card.classes}
@@ -102,23 +108,6 @@ class QatCLI(LightningCLI):
             model.teacher = None
         if self.subcommand == "describe":
             model.checkpoint = None
-
-    def _card(self, path: Path) -> checkpoint.Card:
-        """What the checkpoint says of its model; QatError when an option says something else."""
-        card, _ = checkpoint.read(path)
-        given = self.given[str(self.subcommand)]
-        options = given.get("model") or {}
-        for key in ("arch", "model_args", "num_classes"):
-            if options.get(key, None) is not None and options[key] != getattr(card, key):
-                raise _contradiction(path, f"model.{key}", options[key], getattr(card, key))
-        recipe = {key: options[key] for key in RECIPE_KEYS if options.get(key, None) is not None}
-        if recipe and not _same_recipe(recipe, card.rules):
-            raise _contradiction(path, "the recipe", recipe, "another one (`qat describe --ckpt` shows it)")
-        for group in ("data", "model"):
-            for key, value in ((given.get(group) or {}).get("preprocessing") or {}).items():
-                if value != card.preprocessing.get(key):
-                    raise _contradiction(path, f"{group}.preprocessing.{key}", value, card.preprocessing.get(key))
-        return card
 
     def _check_data(self, model: Namespace, data: Namespace, needs_train: bool) -> None:
         """Look at the folders; the number of classes follows them."""
@@ -146,6 +135,8 @@ class QatCLI(LightningCLI):
             )
         if model.num_classes not in (None, len(classes)):
             raise QatError(f"model.num_classes is {model.num_classes}, but {root} has {len(classes)} classes")
+        if len(classes) < 2:
+            raise QatError(f"data.root {root} has one class folder, {classes[0]!r}: a classifier needs at least two")
         model.num_classes, model.classes = len(classes), classes
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -156,7 +147,7 @@ class QatCLI(LightningCLI):
         if self.subcommand == "fit":
             run = self._run_folder()
             callbacks += _recorders(run)
-            kwargs["max_epochs"] = config.max_epochs or len(self.datamodule.passes)
+            kwargs["max_epochs"] = len(self.datamodule.passes) if config.max_epochs is None else config.max_epochs
             kwargs["default_root_dir"] = run
             if config.logger in (None, True):
                 kwargs["logger"] = CSVLogger(run, name="", version="", flush_logs_every_n_steps=20)
@@ -173,8 +164,9 @@ class QatCLI(LightningCLI):
         config = self.config[self.subcommand]
         files = [str(path) for path in config.config or [] if path]
         name = config.name or (Path(files[-1]).stem if files else config.model.arch)
-        fresh = config.runs / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        return Path(os.environ.setdefault(RUN_FOLDER, str(fresh)))
+        if RUN_FOLDER not in os.environ:
+            os.environ[RUN_FOLDER] = str(_fresh_folder(config.runs / name))
+        return Path(os.environ[RUN_FOLDER])
 
     def fit(self, **kwargs: Any) -> None:
         """Train, from a checkpoint if there is one."""
@@ -195,16 +187,18 @@ class QatCLI(LightningCLI):
         self.trainer.describe(model, **kwargs)  # type: ignore[attr-defined]
 
 
-def _same_recipe(given: dict[str, Any], rules: list[dict[str, Any]]) -> bool:
-    try:
-        recipe = build_recipe(given.pop("recipe", "float"), given.pop("rules", []), **given)
-    except QatError:
-        return False
-    return [rule.to_dict() for rule in recipe] == rules
-
-
-def _contradiction(path: Path, key: str, given: Any, stored: Any) -> QatError:
-    return QatError(f"{key} is {given}, but the checkpoint {path} has {stored}: leave the option out")
+def _fresh_folder(parent: Path) -> Path:
+    """A new folder named by date and time; runs that start in the same second get a number."""
+    date = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+        try:
+            (parent / (date + suffix)).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise QatError(f"--runs: cannot create {parent / date}: {error.strerror}") from None
+        return parent / (date + suffix)
+    raise QatError(f"--runs: {parent} has a hundred runs of this second")
 
 
 def _recorders(run: Path) -> list[Callback]:
@@ -238,7 +232,7 @@ def main(args: Sequence[str] | None = None) -> int:
     _set_up_logging()
     try:
         run(sys.argv[1:] if args is None else args)
-    except (QatError, ArgumentError) as error:
+    except (QatError, ArgumentError, MisconfigurationException) as error:
         print(f"qat: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -5,6 +5,7 @@ Shapes: B crops in a step, C classes.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -20,7 +21,7 @@ from qat.checkpoint import KEY, Card
 from qat.data.images import Batch
 from qat.errors import QatError
 from qat.insert import quantize, quantizers, raise_for_uncalibrated
-from qat.losses import TopK, soft_cross_entropy, sparse_soft_cross_entropy
+from qat.losses import soft_cross_entropy, sparse_soft_cross_entropy
 from qat.models import build_float, default_preprocessing, param_groups
 from qat.recipe import build_recipe
 from qat.schedules import cosine_with_warmup
@@ -90,6 +91,9 @@ class QATModule(L.LightningModule):
         classes: list[str] | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("lr", lr), ("step_lr", lr if step_lr is None else step_lr)):
+            if not value > 0:
+                raise QatError(f"model.{name} is {value}: it must be positive")
         if arch is None:
             raise QatError("model.arch is not set: give the name of a timm model, such as deit_tiny_patch16_224")
         table = build_recipe(recipe, rules or [], w_bits, a_bits)  # before any model is built or downloaded
@@ -117,7 +121,8 @@ class QATModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch of crops; QatError names the step when it is not finite."""
-        loss = self.loss(self(batch.images), batch)
+        probs = self.teach(batch.images)  # before the student's graph takes the memory
+        loss = self.loss(self(batch.images), batch, probs)
         if not torch.isfinite(loss):
             raise QatError(
                 f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); the last good "
@@ -126,13 +131,16 @@ class QATModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images))
         return loss
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy with the teacher, with stored soft labels, or with the labels: the first that there is."""
-        if self.teacher:
-            return soft_cross_entropy(logits, self.teacher[0](batch.images).float().softmax(-1))
-        soft_labels = getattr(batch, "soft_labels", None)
-        if isinstance(soft_labels, TopK):
-            return sparse_soft_cross_entropy(logits, soft_labels)
+    def teach(self, images: Tensor) -> Tensor | None:
+        """The teacher's probabilities (B, C) of uint8 crops, or None without a teacher."""
+        return self.teacher[0](images).float().softmax(-1) if self.teacher else None
+
+    def loss(self, logits: Tensor, batch: Batch, probs: Tensor | None = None) -> Tensor:
+        """Cross-entropy with the teacher's ``probs``, with soft labels, or with labels: the first that there is."""
+        if probs is not None:
+            return soft_cross_entropy(logits, probs)
+        if batch.soft_labels is not None:
+            return sparse_soft_cross_entropy(logits, batch.soft_labels)
         return F.cross_entropy(logits.float(), batch.labels)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -149,7 +157,8 @@ class QATModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Refuse to evaluate with a forgotten calibration."""
-        raise_for_uncalibrated(self.model)
+        if self.global_step == 0:
+            raise_for_uncalibrated(self.model)
 
     on_predict_start = on_validation_start
 
@@ -167,7 +176,7 @@ class QATModule(L.LightningModule):
         self.log("val/top1", 100 * self.top1.compute(), prog_bar=True)
         self.log("val/top5", 100 * self.top5.compute())
         self.log("val/loss", self.val_loss.compute(), prog_bar=True)
-        self.log("val/images", self.val_loss.weight)
+        self.log("val/images", self.val_loss.weight, sync_dist=True, reduce_fx="sum")
         for metric in (self.top1, self.top5, self.val_loss):
             metric.reset()
 
@@ -188,10 +197,14 @@ class QATModule(L.LightningModule):
         """Optimiser steps of the whole run; passes over the images can differ in length."""
         trainer = self.trainer
         per_pass = getattr(trainer.datamodule, "batches_per_pass", None)  # type: ignore[attr-defined]
-        if per_pass is None or trainer.limit_train_batches != 1.0:
+        if per_pass is None:
             return int(trainer.estimated_stepping_batches)
+        if trainer.max_epochs == -1:  # as long as max_steps says
+            return int(trainer.max_steps)
+        limit = trainer.limit_train_batches
         batches: list[int] = per_pass(trainer.world_size, trainer.max_epochs)
-        steps = sum(-(-n // trainer.accumulate_grad_batches) for n in batches)
+        batches = [min(n, limit) if isinstance(limit, int) else int(n * limit) for n in batches]
+        steps = sum(ceil(n / trainer.accumulate_grad_batches) for n in batches)
         return min(steps, int(trainer.max_steps)) if trainer.max_steps > 0 else steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -51,7 +51,10 @@ def build_teacher(arch: str, weights: str | Path, num_classes: int) -> Teacher:
     """
     card = checkpoints.find_card(weights)
     if card is None:
-        return Teacher(build_float(arch, weights), default_preprocessing(arch), num_classes)
+        try:
+            return Teacher(build_float(arch, weights), default_preprocessing(arch), num_classes)
+        except QatError as error:
+            raise QatError(f"model.teacher: {error}") from None
     if card.arch != arch:
         raise QatError(f"model.teacher is {arch}, but {weights} is a checkpoint of {card.arch}")
     return Teacher(checkpoints.load(weights), Preprocessing(**card.preprocessing), num_classes)

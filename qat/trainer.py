@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ class Trainer(L.Trainer):
         }
         if self.is_global_zero:
             line = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images in {seconds:.1f} s"
-            Console().print(line.format(**results), highlight=False)
+            Console().print(line.format(**results), highlight=False, soft_wrap=True)
             if results_file is not None:
                 results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         return results
@@ -81,17 +82,22 @@ class Trainer(L.Trainer):
         console = Console()
         console.print(as_table(describe(model.model), full))
         total = cost(model.model, model.preprocessing.size)
-        console.print(f"{model.card.arch}: {summary(model.model)}", highlight=False)
+        console.print(f"{model.card.arch}: {summary(model.model)}", highlight=False, soft_wrap=True)
         console.print(
             f"size {total.size_mb:.2f} MB with weights packed at their width (float32: {total.float_size_mb:.2f} MB); "
             f"bit operations {total.bit_operations / 1e9:.2f} G per image "
             f"(float32: {total.float_bit_operations / 1e9:.2f} G)",
             highlight=False,
+            soft_wrap=True,
         )
         return total
 
 
 def check_folder(option: str, path: Path | None) -> None:
-    """Raise QatError, before any work, when ``path`` cannot be written because its folder is missing."""
-    if path is not None and not path.parent.is_dir():
+    """Raise QatError, before any work, when ``path`` cannot be written."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise QatError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise QatError(f"{option} {path} cannot be written: give the name of a file in a folder that can")

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from qat import checkpoint
-from qat.cli import QatCLI, main, run
+from qat.cli import QatCLI, _fresh_folder, main, run
 from qat.errors import QatError
 from qat.models import build_float
 from tests.conftest import TINY, write_images
@@ -71,6 +71,36 @@ class TestFit:
         last = Path(first.trainer.default_root_dir) / "last.ckpt"
         resumed = run(["fit", "--config", str(config), "--runs", str(tmp_path), "--name", "two", "--ckpt", str(last)])
         assert resumed.trainer.global_step == trained.trainer.global_step
+
+    def test_a_checkpoint_goes_on_with_its_config_only(
+        self, ckpt: Path, images: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert "--config" in fails(capsys, "fit", "--ckpt", ckpt, "--data.root", images)
+
+    @pytest.mark.parametrize(
+        ("options", "steps"),
+        [
+            ({"max_epochs": -1, "max_steps": 4}, 4),
+            ({"max_epochs": 1}, 6),
+            ({"limit_train_batches": 2}, 2 + 2),
+            ({"limit_train_batches": 0.5}, 3 + 1),
+            ({"max_epochs": 3, "accumulate_grad_batches": 4}, 2 + 1 + 2),
+        ],
+        ids=str,
+    )
+    def test_the_schedule_is_as_long_as_the_run(
+        self, options: dict[str, object], steps: int, config: Path, tmp_path: Path
+    ) -> None:
+        args = [word for name, value in options.items() for word in (f"--trainer.{name}", str(value))]
+        cli = run(["fit", "--config", str(config), "--runs", str(tmp_path), *args])
+        assert cli.trainer.global_step == cli.model.total_steps() == steps
+
+    def test_runs_of_one_second_have_folders_of_their_own(self, tmp_path: Path) -> None:
+        folders = [_fresh_folder(tmp_path / "runs") for _ in range(3)]
+        assert len(set(folders)) == 3
+        (tmp_path / "file").touch()
+        with pytest.raises(QatError, match="--runs"):
+            _fresh_folder(tmp_path / "file" / "runs")
 
     def test_a_checkpoint_of_ours_can_teach(self, config: Path, tmp_path: Path, ckpt: Path) -> None:
         args = ["--model.teacher", "deit_tiny_patch16_224", "--model.teacher_checkpoint", str(ckpt)]
@@ -178,6 +208,22 @@ class TestValidate:
         assert word in message
         assert "leave the option out" in message
 
+    @pytest.mark.parametrize(
+        "options",
+        [("--model.w_bits", "4"), ("--model.recipe", "vvtq"), ("--model.recipe", "vvtq", "--model.a_bits", "4")],
+        ids=" ".join,
+    )
+    def test_an_option_that_repeats_the_checkpoint(self, options: tuple[str, ...], ckpt: Path, images: Path) -> None:
+        args = ["--data.root", str(images), "--data.workers", "0", *options]
+        assert main(["validate", "--ckpt", str(ckpt), *args]) == 0
+
+    def test_a_results_file_that_cannot_be_written(
+        self, ckpt: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        args = ("validate", "--ckpt", ckpt, "--data.root", images, "--results_file")
+        assert "cannot be written" in fails(capsys, *args, tmp_path)
+        assert "no folder" in fails(capsys, *args, tmp_path / "nowhere" / "out.json")
+
     def test_images_of_other_classes(self, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_images(tmp_path / "val", 1, seed=0)
         (tmp_path / "val/cat").rename(tmp_path / "val/dog")
@@ -237,6 +283,8 @@ class TestBadInput:
             (["--model.rules", '[{match: "blocks.*.nothing", spec: null}]'], ["blocks.*.nothing", "nearest"]),
             (["--model.rules", '[{mach: "head.*", spec: null}]'], ["mach", "match"]),
             (["--model.model_args", "{img_sise: 32}"], ["img_sise"]),
+            (["--model.lr", "0"], ["model.lr", "positive"]),
+            (["--trainer.accelerator", "gpu"], ["gpu"]),
             (["--data.root", "/nowhere"], ["/nowhere"]),
             (["--data.preprocessing.resise", "300"], ["resise"]),
             (["--data.batch_size", "7"], ["batch_size", "7"]),
@@ -244,7 +292,10 @@ class TestBadInput:
             (["--calibration.images", "0"], ["calibration.images"]),
             (["--ckpt", "nowhere.ckpt"], ["nowhere.ckpt"]),
             (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-            (["--model.teacher", "deit_tiny_patch16_224", "--model.teacher_checkpoint", "t.pth"], ["t.pth"]),
+            (
+                ["--model.teacher", "deit_tiny_patch16_224", "--model.teacher_checkpoint", "t.pth"],
+                ["model.teacher", "t.pth"],
+            ),
         ],
         ids=lambda value: " ".join(value),
     )

@@ -18,7 +18,7 @@ LEVELS = [
     {"insert", "describe"},
     {"models"},
     {"ptq", "checkpoint", "teacher"},
-    {"module", "data", "callbacks"},
+    {"module", "data", "callbacks", "agreement"},
     {"trainer", "cli"},
 ]
 FRONT = "__init__"  # of the package: names for notebooks, loaded when first used

@@ -81,7 +81,7 @@ class ImageNetDataModule(L.LightningDataModule):
         self.val_batch_size = _at_least("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1)
         self.crops_per_image = _at_least("crops_per_image", crops_per_image, 1)
         self.crop_epochs = _at_least("crop_epochs", crop_epochs, 1)
-        self.workers = _at_least("workers", min(os.cpu_count() or 1, 8) if workers is None else workers, 0)
+        self.workers = _at_least("workers", min(_cores(), 8) if workers is None else workers, 0)
         self.seed = _at_least("seed", 0 if seed is None else seed, 0)
         self.law = CropLaw(crop_scale, crop_ratio, flip)
         self.train_interpolation = _one_of("train_interpolation", train_interpolation, INTERPOLATIONS)
@@ -234,6 +234,11 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def _prediction_folder(self) -> Path:
         return self._root() / "val" if self.images is None else self.images
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container are often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _at_least(name: str, value: int, lowest: int) -> int:

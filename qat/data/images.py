@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qat.data.crops import CropLaw, draw, replay, rng_for, to_tensor
+from qat.losses import TopK
 from qat.preprocessing import Preprocessing
 
 View = Callable[[Image.Image, int], Tensor]  # RGB image and its index -> uint8 (m, 3, S, S)
@@ -41,6 +42,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (B,) int64, -1 when unknown (prediction)
     paths: tuple[str, ...]  # one per image, relative to its folder
     bad: tuple[str, ...]  # one message for every file of this batch that could not be read
+    soft_labels: TopK | None = None  # replace the labels in the loss
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ def check_arch(arch: str) -> None:
     if not is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
         hint = f"; similar names: {', '.join(near)}" if near else ""
-        raise QatError(f"model.arch: timm {timm.__version__} has no model {name!r}{hint}")
+        raise QatError(f"timm {timm.__version__} has no model {name!r}{hint}")
     try:
         known = not tag or get_pretrained_cfg(arch, allow_unregistered=False) is not None
     except RuntimeError:
         known = False
     if not known:
-        raise QatError(f"model.arch: timm {timm.__version__} has no weights {tag!r} for {name!r}")
+        raise QatError(f"timm {timm.__version__} has no weights {tag!r} for {name!r}")
 
 
 def default_preprocessing(arch: str, model_args: Mapping[str, Any] | None = None) -> Preprocessing:
@@ -43,6 +43,8 @@ def default_preprocessing(arch: str, model_args: Mapping[str, Any] | None = None
     check_arch(arch)
     cfg = get_pretrained_cfg(arch)
     data = resolve_data_config({}, pretrained_cfg=cfg.to_dict() if cfg else {})
+    if data.get("crop_mode", "center") != "center":
+        log.warning("%s: timm evaluates with crop mode %r, qat with a centre crop", arch, data["crop_mode"])
     size = data["input_size"][-1]
     plain = Preprocessing(size, int(size / data["crop_pct"]), data["interpolation"], data["mean"], data["std"])
     size = (model_args or {}).get("img_size")
@@ -100,18 +102,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The weights in a local file, with the wrappers of usual checkpoints taken off; QatError if it has none."""
     path = Path(path)
     if not path.is_file():
-        raise QatError(f"model.checkpoint: no file {path}: give a .safetensors, .pth or .ckpt file, or 'pretrained'")
+        raise QatError(f"no file {path} of weights: give a .safetensors, .pth or .ckpt file, or 'pretrained'")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        raise QatError(f"model.checkpoint: cannot read {path}: {first_line(error)}") from None
+        raise QatError(f"cannot read the weights {path}: {first_line(error)}") from None
     for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise QatError(f"model.checkpoint: {path} holds no table of weights")
+        raise QatError(f"{path} holds no table of weights")
     for prefix in PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}

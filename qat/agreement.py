@@ -1,0 +1,58 @@
+"""Whether the options of a command agree with the checkpoint that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qat.checkpoint import Card
+from qat.errors import QatError
+from qat.recipe import Rule, read_rules
+
+RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")
+
+
+def check_agreement(card: Card, path: Path, given: Mapping[str, Any]) -> None:
+    """Raise QatError when an option that was given says something else than the card of the checkpoint ``path``."""
+    options = given.get("model", None) or {}
+    for key in ("arch", "model_args", "num_classes"):
+        if options.get(key, None) is not None and options[key] != getattr(card, key):
+            raise _contradiction(path, f"model.{key}", options[key], getattr(card, key))
+    recipe = {key: options[key] for key in RECIPE_KEYS if options.get(key, None) is not None}
+    if recipe and not _same_recipe(recipe, card.rules):
+        raise _contradiction(path, f"the recipe ({recipe})", "given", "another (`qat describe --ckpt` shows it)")
+    for group in ("data", "model"):
+        for key, value in ((given.get(group, None) or {}).get("preprocessing", None) or {}).items():
+            if value != card.preprocessing.get(key):
+                raise _contradiction(path, f"{group}.preprocessing.{key}", value, card.preprocessing.get(key))
+
+
+def _same_recipe(given: dict[str, Any], rules: list[dict[str, Any]]) -> bool:
+    """Whether the options, as far as they are given, lead to the resolved rules of a checkpoint."""
+    widths = {rule["spec"]["init_args"]["bits"] for rule in rules if rule["spec"] is not None}
+    if not {given.get("w_bits"), given.get("a_bits")} - {None} <= widths:
+        return False
+    if "recipe" not in given:
+        return "rules" not in given
+    try:
+        table = [Rule.from_dict(rule) for rule in [*read_rules(given["recipe"]), *given.get("rules", [])]]
+    except QatError:
+        return False
+    return len(table) == len(rules) and all(
+        (theirs := rule.to_dict())["match"] == stored["match"] and _fits(theirs["spec"], stored["spec"], given)
+        for rule, stored in zip(table, rules, strict=True)
+    )
+
+
+def _fits(spec: dict[str, Any] | None, stored: dict[str, Any] | None, given: dict[str, Any]) -> bool:
+    """Equal, where a width word stands for the width that is given, or for any when none is."""
+    if spec is None or stored is None:
+        return spec is stored
+    bits = spec["init_args"]["bits"]
+    meant = given.get(bits, stored["init_args"]["bits"]) if isinstance(bits, str) else bits
+    return {**spec, "init_args": {**spec["init_args"], "bits": meant}} == stored
+
+
+def _contradiction(path: Path, key: str, given: Any, stored: Any) -> QatError:
+    return QatError(f"{key} is {given}, but the checkpoint {path} has {stored}: leave the option out")
