@@ -112,7 +112,8 @@ def test_a_rule_that_matches_nothing_names_the_nearest_site(match, nearest):
 
 
 def test_a_rule_that_is_overruled_everywhere_is_still_used():
-    quantize(tiny(), [Rule("head.weight_quant", LSQ(8)), Rule("*", LSQ(4))])
+    model = quantize(tiny(), [Rule("head.weight_quant", LSQ(8)), Rule("*", LSQ(4))])
+    assert {quantizer.spec.width for _, quantizer in quantizers(model)} == {4}
 
 
 class OtherAttention(Attention):
