@@ -1,8 +1,8 @@
-"""Whether the options of a command agree with the checkpoint that it names."""
+"""Whether the options of a command agree with the checkpoint that it names, and what they change about its run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,10 @@ from qat.checkpoint import Card
 from qat.errors import QatError
 from qat.recipe import Rule, read_rules
 
+TRAINER_KEYS = ("accumulate_grad_batches", "devices", "gradient_clip_val", "max_epochs", "max_steps", "num_nodes",
+                "precision", "strategy")  # fmt: skip
+HERE = ("root", "images", "workers", "val_batch_size", "checkpoint", "teacher_checkpoint", "classes", "fresh_head",
+        "recipe", "rules", "w_bits", "a_bits")  # of this machine, or settled by the card of the checkpoint  # fmt: skip
 RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")
 
 
@@ -26,6 +30,25 @@ def check_agreement(card: Card, path: Path, given: Mapping[str, Any]) -> None:
         for key, value in ((given.get(group, None) or {}).get("preprocessing", None) or {}).items():
             if value != card.preprocessing.get(key):
                 raise _contradiction(path, f"{group}.preprocessing.{key}", value, card.preprocessing.get(key))
+
+
+def run_options(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint keeps of the options that its run was started with, as text by dotted name."""
+    found = {"seed_everything": str(config["seed_everything"])}
+    for part in ("model", "data"):
+        found |= {f"{part}.{key}": _text(value) for key, value in config[part].items() if key.split(".")[0] not in HERE}
+    return found | {f"trainer.{key}": _text(config["trainer"][key]) for key in TRAINER_KEYS}
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """One phrase for every option that differs from those of the checkpoint."""
+    for key, value in now.items():
+        if key in before and before[key] != value:
+            yield f"{key} {before[key]} -> {value}"
+
+
+def _text(value: Any) -> str:
+    return str(value.as_dict() if hasattr(value, "as_dict") else value)
 
 
 def _same_recipe(given: dict[str, Any], rules: list[dict[str, Any]]) -> bool:

@@ -8,29 +8,29 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from rich.logging import RichHandler
 
 from qat import checkpoint
-from qat.agreement import check_agreement
-from qat.callbacks import Calibrate, ConsoleLog, RecordSites
+from qat.agreement import changes, check_agreement, run_options
+from qat.callbacks import Calibrate, ConsoleLog, GradientRatio, RecordSites, SaveLast
 from qat.data import ImageNetDataModule
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
 from qat.errors import QatError
 from qat.models import default_preprocessing
 from qat.module import QATModule
 from qat.recipe import build_recipe
+from qat.runs import LAST, AtomicCheckpoints, MetricsFile, config_name, fresh_folder, last_folder
 from qat.trainer import Trainer
 
 DESCRIPTION = "Low-bit quantization of timm vision transformers. Start with: qat fit --config configs/deit_t_w4a4.yaml"
+log = logging.getLogger(__name__)
 RUN_FOLDER = "QAT_RUN_FOLDER"  # started processes inherit it, so all ranks of a run share one folder
 TRAINER_DEFAULTS = {
     "reload_dataloaders_every_n_epochs": 1,  # passes differ in crops per image
@@ -67,9 +67,17 @@ class QatCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options that belong to no class."""
-        parser.add_argument("--ckpt", type=Path | None, default=None, help="Checkpoint that describes its own model.")
+        parser.add_argument(
+            "--ckpt",
+            type=Path | None,
+            default=None,
+            help="Checkpoint that describes its own model; for fit also the word last: go on in the newest run of NAME.",
+        )
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the config's when null.")
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="Runs go to RUNS/NAME/DATE.")
+        parser.add_argument(
+            "--save_every", type=int, default=500, help="Optimizer steps of fit between two writes of last.ckpt."
+        )
         parser.add_lightning_class_args(Calibrate, "calibration")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -82,10 +90,13 @@ class QatCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         model, data = config.model, config.data
         self.ckpt: Path | None = config.ckpt
+        self.resumed = self.subcommand == "fit" and str(config.ckpt) == "last"
         if self.subcommand == "fit" and self.ckpt is not None and not config.config:
             raise QatError(
                 "qat fit --ckpt goes on with a run: give its --config too, for the data, teacher and schedule"
             )
+        if self.resumed:
+            self.ckpt = self._run_folder() / LAST
         if self.ckpt is not None:
             card, _ = checkpoint.read(self.ckpt)
             check_agreement(card, self.ckpt, self.given[str(self.subcommand)])
@@ -101,7 +112,8 @@ class QatCLI(LightningCLI):
         stated = {**(model.preprocessing or {}), **(data.preprocessing or {})}
         preprocessing = default_preprocessing(model.arch, model.model_args).override(stated)
         data.preprocessing = model.preprocessing = preprocessing.to_dict()
-        data.seed = config.seed_everything if data.seed is None else data.seed
+        for part in (data, model):
+            part.seed = config.seed_everything if part.seed is None else part.seed
         calibrated_only = bool(table) and self.ckpt is None
         self._check_data(model, data, needs_train=self.subcommand == "fit" or calibrated_only)
         if self.subcommand != "fit":
@@ -146,11 +158,13 @@ class QatCLI(LightningCLI):
         callbacks = [*(config.callbacks or []), RichProgressBar() if bar else ConsoleLog()]
         if self.subcommand == "fit":
             run = self._run_folder()
-            callbacks += _recorders(run)
+            callbacks += self._recorders(run, callbacks)
+            self.save_config_kwargs = {"config_filename": config_name(run)}
             kwargs["max_epochs"] = len(self.datamodule.passes) if config.max_epochs is None else config.max_epochs
             kwargs["default_root_dir"] = run
+            kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpoints()]
             if config.logger in (None, True):
-                kwargs["logger"] = CSVLogger(run, name="", version="", flush_logs_every_n_steps=20)
+                kwargs["logger"] = MetricsFile(run)
         else:
             self.save_config_callback = None
             kwargs |= {"logger": False, "enable_checkpointing": False}
@@ -160,16 +174,39 @@ class QatCLI(LightningCLI):
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Calibrate)]
         return trainer
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
+        """Calibration comes first, a weight average after everything that still changes weights."""
+        ours = [*callbacks, *config["callbacks"]]
+        config["callbacks"] = sorted(ours, key=lambda callback: isinstance(callback, WeightAveraging))
+        return super()._instantiate_trainer(config, [])
+
+    def _recorders(self, run: Path, callbacks: list[Any]) -> list[Callback]:
+        """What a run saves: its table, its metrics, the best checkpoint, selected on validation images, and the last."""
+        best = ModelCheckpoint(
+            run, "best_on_val_{epoch}", monitor="val/top1", mode="max", save_top_k=1, auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )  # fmt: skip
+        found: list[Callback] = [RecordSites(run)]
+        if self.model.regularizers and not any(isinstance(callback, GradientRatio) for callback in callbacks):
+            found.append(GradientRatio())
+        return [*found, best, SaveLast(run, self.config[self.subcommand].save_every)]
+
     def _run_folder(self) -> Path:
         config = self.config[self.subcommand]
-        files = [str(path) for path in config.config or [] if path]
-        name = config.name or (Path(files[-1]).stem if files else config.model.arch)
         if RUN_FOLDER not in os.environ:
-            os.environ[RUN_FOLDER] = str(_fresh_folder(config.runs / name))
+            files = [str(path) for path in config.config or [] if path]
+            parent = config.runs / (config.name or (Path(files[-1]).stem if files else config.model.arch))
+            os.environ[RUN_FOLDER] = str(last_folder(parent) if self.resumed else fresh_folder(parent))
         return Path(os.environ[RUN_FOLDER])
 
     def fit(self, **kwargs: Any) -> None:
-        """Train, from a checkpoint if there is one."""
+        """Train, from a checkpoint if there is one; what has changed since then is said."""
+        self.model.options = run_options(self.config[self.subcommand])
+        if self.ckpt is not None:
+            _, content = checkpoint.read(self.ckpt)
+            log.info("going on from %s at step %d", self.ckpt, content["global_step"])
+            for change in changes(content[checkpoint.KEY].get("options", {}), self.model.options):
+                log.info("other than in the checkpoint: %s", change)
         self.trainer.fit(ckpt_path=self.ckpt, **kwargs)
 
     def validate(self, **kwargs: Any) -> None:
@@ -185,29 +222,6 @@ class QatCLI(LightningCLI):
         if self.ckpt is not None:
             model.model.load_state_dict(checkpoint.load(self.ckpt).state_dict())
         self.trainer.describe(model, **kwargs)  # type: ignore[attr-defined]
-
-
-def _fresh_folder(parent: Path) -> Path:
-    """A new folder named by date and time; runs that start in the same second get a number."""
-    date = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-        try:
-            (parent / (date + suffix)).mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise QatError(f"--runs: cannot create {parent / date}: {error.strerror}") from None
-        return parent / (date + suffix)
-    raise QatError(f"--runs: {parent} has a hundred runs of this second")
-
-
-def _recorders(run: Path) -> list[Callback]:
-    """What a training run saves: its table, the last checkpoint, and the best one, selected on validation images."""
-    best = ModelCheckpoint(
-        run, "best_on_val_{epoch}", monitor="val/top1", mode="max", save_top_k=1, auto_insert_metric_name=False
-    )
-    last = ModelCheckpoint(run, "last", enable_version_counter=False, save_on_train_epoch_end=True)
-    return [RecordSites(run), LearningRateMonitor("step"), best, last]
 
 
 def run(args: Sequence[str]) -> QatCLI:
@@ -245,7 +259,9 @@ def console() -> None:
 
 def _set_up_logging() -> None:
     handler: logging.Handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0"
+    level = logging.INFO if first else logging.WARNING  # one log, whatever the number of processes
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices that are not there, and advertisements
     for message in NOISE:

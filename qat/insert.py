@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
 from qat.errors import QatError
 from qat.quantizers import FloatSite, Quantizer
-from qat.recipe import Layout, Recipe, resolve
+from qat.recipe import MAX_BITS, Layout, Recipe, resolve
 
 Cuts = Mapping[str, tuple[int, int]]  # granularity -> (axis, groups)
 
@@ -143,6 +144,29 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     for name, module in sites(model):
         if isinstance(module, Quantizer):
             yield name, module
+
+
+class WeightSite(NamedTuple):
+    """A weight and the quantizer that it goes through."""
+
+    name: str  # of the site
+    weight: nn.Parameter
+    quantizer: Quantizer
+
+
+def weight_sites(model: nn.Module, match: str = "*", max_bits: int = MAX_BITS) -> list[WeightSite]:
+    """The quantised weights whose site matches a glob and has at most ``max_bits``; QatError when there are none."""
+    modules = dict(model.named_modules())
+    found = []
+    for name, quantizer in quantizers(model):
+        if not quantizer.layout.batched and fnmatchcase(name, match) and quantizer.spec.width <= max_bits:
+            parent, _, site = name.rpartition(".")
+            found.append(WeightSite(name, getattr(modules[parent], site.removesuffix("_quant")), quantizer))
+    if not found:
+        raise QatError(
+            f"no quantised weight of at most {max_bits} bits matches {match!r}; `qat describe` lists the sites"
+        )
+    return found
 
 
 @contextmanager

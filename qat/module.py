@@ -5,7 +5,7 @@ Shapes: B crops in a step, C classes.
 
 from __future__ import annotations
 
-from math import ceil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -18,12 +18,16 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from qat.checkpoint import KEY, Card
+from qat.data.crops import rng_for
 from qat.data.images import Batch
 from qat.errors import QatError
 from qat.insert import quantize, quantizers, raise_for_uncalibrated
 from qat.losses import soft_cross_entropy, sparse_soft_cross_entropy
-from qat.models import build_float, default_preprocessing, param_groups
+from qat.finite import FiniteCheck
+from qat.models import build_float, default_preprocessing, param_groups, regroup
+from qat.progress import total_steps
 from qat.recipe import build_recipe
+from qat.regularizers import Regularizer
 from qat.schedules import cosine_with_warmup
 from qat.teacher import build_teacher
 
@@ -53,6 +57,8 @@ class QATModule(L.LightningModule):
         a_bits: width of activations where the recipe says a_bits.
         teacher: timm model whose outputs replace the labels; null trains on labels.
         teacher_checkpoint: weights of the teacher: pretrained, a local file, or a checkpoint of a run.
+        regularizers: losses on the weights themselves, each a class with its options, for example
+            [{class_path: BinRegularizer, init_args: {weight: 0.01}}].
         lr: peak learning rate of AdamW; it is not scaled by the batch.
         step_lr: peak learning rate of steps and offsets; lr when null. AdamW moves a parameter by up to its learning
             rate however small the parameter is, and an offset of softmax is about 0.002.
@@ -61,6 +67,7 @@ class QATModule(L.LightningModule):
         weight_decay: of weight matrices; steps, offsets, biases, norms and embeddings are never decayed.
         betas: of AdamW.
         eps: of AdamW; it damps gradients that are not well above it.
+        seed: fixes drop path and dropout, step by step; seed_everything, or 0, when not given.
         preprocessing: evaluation transform (size, resize, interpolation, mean, std); timm's for arch when null.
             The command line takes it from data.preprocessing.
         classes: class names in label order, kept in the checkpoint. The command line takes them from the data.
@@ -80,6 +87,7 @@ class QATModule(L.LightningModule):
         a_bits: int | None = None,
         teacher: str | None = None,
         teacher_checkpoint: str = "pretrained",
+        regularizers: list[Regularizer] | None = None,
         lr: float = 5e-4,
         step_lr: float | None = None,
         min_lr: float = 0.0,
@@ -87,6 +95,7 @@ class QATModule(L.LightningModule):
         weight_decay: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        seed: int | None = None,
         preprocessing: dict[str, Any] | None = None,
         classes: list[str] | None = None,
     ) -> None:
@@ -100,11 +109,16 @@ class QATModule(L.LightningModule):
         self.preprocessing = default_preprocessing(arch, model_args).override(preprocessing or {})
         self.lr, self.min_lr, self.warmup_steps = lr, min_lr, warmup_steps
         self.step_lr = lr if step_lr is None else step_lr
-        self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
+        self.weight_decay, self.betas, self.eps, self.seed = weight_decay, betas, eps, seed or 0
+        self.total = 0  # optimiser steps of the run
+        self.options: dict[str, Any] = {}  # of the whole run, kept in the checkpoint; the command line fills it
         model = build_float(
             arch, checkpoint, num_classes, {**(model_args or {}), "drop_path_rate": drop_path}, fresh_head
         )
         self.model = quantize(model, table) if table else model
+        self.regularizers = regularizers or []
+        for regularizer in self.regularizers:
+            regularizer.choose(self.model)  # QatError, before training, when it matches nothing
         outputs = int(model.num_classes)  # type: ignore[arg-type]
         rules_out = [rule.to_dict() for rule in table]
         self.card = Card(arch, model_args or {}, outputs, rules_out, self.preprocessing.to_dict(), classes or [])
@@ -113,6 +127,7 @@ class QATModule(L.LightningModule):
         self.top1 = MulticlassAccuracy(outputs, average="micro")
         self.top5 = MulticlassAccuracy(outputs, average="micro", top_k=min(5, outputs))
         self.val_loss = MeanMetric()
+        self.finite = FiniteCheck()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of uint8 images (B, 3, S, S)."""
@@ -123,13 +138,25 @@ class QATModule(L.LightningModule):
         """Loss of one batch of crops; QatError names the step when it is not finite."""
         probs = self.teach(batch.images)  # before the student's graph takes the memory
         loss = self.loss(self(batch.images), batch, probs)
-        if not torch.isfinite(loss):
-            raise QatError(
-                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); the last good "
-                "checkpoint is kept: lower model.lr, set trainer.gradient_clip_val, or use bf16-mixed, not 16-mixed"
-            )
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images))
+        self.finite.check(loss, f"step {self.global_step} (epoch {self.current_epoch})")
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images), sync_dist=True)
+        first, *_, last = self.trainer.optimizers[0].param_groups
+        self.log_dict({"lr": first["lr"], "step_lr": last["lr"]})
+        for name, penalty in self.penalties():
+            self.log(f"train/{name}", penalty, batch_size=len(batch.images))
+            loss = loss + penalty
         return loss
+
+    def penalties(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and weighted loss of every regularizer whose weight is above zero by now; others are not computed."""
+        for regularizer in self.regularizers:
+            if weight := regularizer.weight_at(self.progress):
+                yield regularizer.name, weight * regularizer(self.model)
+
+    @property
+    def progress(self) -> float:
+        """The part of training that is done, 0 to 1."""
+        return self.global_step / max(self.total, 1)
 
     def teach(self, images: Tensor) -> Tensor | None:
         """The teacher's probabilities (B, C) of uint8 crops, or None without a teacher."""
@@ -143,6 +170,11 @@ class QATModule(L.LightningModule):
             return sparse_soft_cross_entropy(logits, batch.soft_labels)
         return F.cross_entropy(logits.float(), batch.labels)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make drop path a function of (seed, pass, batch, rank), so that a resumed run draws what it would have drawn."""
+        rng = rng_for(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank)
+        torch.manual_seed(int(rng.integers(2**63)))
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One step, then steps are moved back to legal values, before anything (a weight average) reads them."""
         super().optimizer_step(*args, **kwargs)
@@ -154,6 +186,12 @@ class QATModule(L.LightningModule):
         raise_for_uncalibrated(self.model)
         for teacher in self.teacher:
             teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        """What the options say wins over what a checkpoint has restored."""
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        assert isinstance(config.scheduler, LambdaLR)
+        regroup(optimizer, config.scheduler, self.groups(), betas=self.betas, eps=self.eps)
 
     def on_validation_start(self) -> None:
         """Refuse to evaluate with a forgotten calibration."""
@@ -167,9 +205,9 @@ class QATModule(L.LightningModule):
         if not len(batch.images):
             return
         logits = self(batch.images).float()
-        self.top1(logits, batch.labels)
-        self.top5(logits, batch.labels)
-        self.val_loss(F.cross_entropy(logits, batch.labels), weight=len(batch.images))
+        self.top1.update(logits, batch.labels)
+        self.top5.update(logits, batch.labels)
+        self.val_loss.update(F.cross_entropy(logits, batch.labels), weight=len(batch.images))
 
     def on_validation_epoch_end(self) -> None:
         """Log top-1 and top-5 in percent, and the mean cross-entropy on labels."""
@@ -187,32 +225,22 @@ class QATModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with undecayed groups, and a cosine that falls at every optimiser step."""
-        groups = param_groups(self.model, self.weight_decay, self.lr, self.step_lr)
-        optimizer = AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
-        total, floor = self.total_steps(), self.min_lr / self.lr
-        schedule = LambdaLR(optimizer, lambda step: cosine_with_warmup(step, total, self.warmup_steps, floor))
+        self.total = total_steps(self.trainer)
+        optimizer = AdamW(self.groups(), lr=self.lr, betas=self.betas, eps=self.eps)
+        floor = self.min_lr / self.lr
+        schedule = LambdaLR(optimizer, lambda step: cosine_with_warmup(step, self.total, self.warmup_steps, floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run; passes over the images can differ in length."""
-        trainer = self.trainer
-        per_pass = getattr(trainer.datamodule, "batches_per_pass", None)  # type: ignore[attr-defined]
-        if per_pass is None:
-            return int(trainer.estimated_stepping_batches)
-        if trainer.max_epochs == -1:  # as long as max_steps says
-            return int(trainer.max_steps)
-        limit = trainer.limit_train_batches
-        batches: list[int] = per_pass(trainer.world_size, trainer.max_epochs)
-        batches = [min(n, limit) if isinstance(limit, int) else int(n * limit) for n in batches]
-        steps = sum(ceil(n / trainer.accumulate_grad_batches) for n in batches)
-        return min(steps, int(trainer.max_steps)) if trainer.max_steps > 0 else steps
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters with their learning rate and weight decay."""
+        return param_groups(self.model, self.weight_decay, self.lr, self.step_lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the card; QatError rather than overwrite a good checkpoint with weights that are not finite."""
+        """Add the card and the options; QatError rather than overwrite a good checkpoint with weights that are not finite."""
         for name, value in self.model.state_dict().items():
             if not torch.isfinite(value).all():
                 raise QatError(f"{name} is not finite at step {self.global_step}; the last good checkpoint is kept")
-        checkpoint[KEY] = self.card.to_dict()
+        checkpoint[KEY] = self.card.to_dict() | {"options": self.options}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """QatError when the checkpoint describes another model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,6 +59,12 @@ class Preprocessing:
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, S, S) to float32, zero mean and unit deviation, on the device they are on."""
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        mean, std = _on_device(self.mean, images.device), _on_device(self.std, images.device)
         return (images.float() / 255 - mean) / std
+
+
+@cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One value per channel (3, 1, 1); kept, because a copy to a GPU makes the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(3, 1, 1)

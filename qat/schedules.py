@@ -1,4 +1,4 @@
-"""Learning rate as a function of the optimiser step."""
+"""Learning rates and loss weights as functions of the progress of training."""
 
 from __future__ import annotations
 
@@ -14,3 +14,18 @@ def cosine_with_warmup(step: int, total: int, warmup: int = 0, floor: float = 0.
         return (step + 1) / (warmup + 1)
     done = min((step - warmup) / max(total - warmup, 1), 1.0)
     return floor + (1 - floor) * 0.5 * (1 + cos(pi * done))
+
+
+def cosine_ramp(progress: float, start: float = 0.25) -> float:
+    """Factor on a loss weight: 0 until ``start`` of training is done, then up a half cosine to 1 (VVTQ, section 3.3).
+
+    ``progress`` is the part of training that is done, 0 to 1.
+    """
+    if progress <= start:
+        return 0.0
+    return 0.5 * (1 - cos(pi * (min(progress, 1.0) - start) / (1 - start)))
+
+
+def cosine_between(progress: float, first: float, last: float) -> float:
+    """From ``first`` at progress 0 to ``last`` at progress 1, along a half cosine."""
+    return last + (first - last) * 0.5 * (1 + cos(pi * min(max(progress, 0.0), 1.0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,10 @@ class Teacher(nn.Module):
         classes = int(model.num_classes)  # type: ignore[arg-type]
         if classes != num_classes:
             raise QatError(f"the teacher knows {classes} classes, the student {num_classes}: they must agree")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """Itself: it is frozen, and a weight average that copies the student needs no second teacher."""
+        return self
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ import yaml
 from PIL import Image
 
 from qat import checkpoint
-from qat.cli import QatCLI, _fresh_folder, main, run
+from qat.cli import QatCLI, main, run
 from qat.errors import QatError
 from qat.models import build_float
+from qat.runs import fresh_folder
 from tests.conftest import TINY, write_images
 
 
@@ -45,7 +46,7 @@ class TestFit:
 
     def test_a_run_has_as_many_steps_as_its_crop_epochs_say(self, trained: QatCLI) -> None:
         assert trained.trainer.max_epochs == 2  # one pass of 2 crops and one of 1
-        assert trained.trainer.global_step == 6 + 3 == trained.model.total_steps()
+        assert trained.trainer.global_step == 6 + 3 == trained.model.total
 
     def test_nothing_is_written_into_the_current_folder(
         self, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ckpt: Path, images: Path
@@ -93,14 +94,14 @@ class TestFit:
     ) -> None:
         args = [word for name, value in options.items() for word in (f"--trainer.{name}", str(value))]
         cli = run(["fit", "--config", str(config), "--runs", str(tmp_path), *args])
-        assert cli.trainer.global_step == cli.model.total_steps() == steps
+        assert cli.trainer.global_step == cli.model.total == steps
 
     def test_runs_of_one_second_have_folders_of_their_own(self, tmp_path: Path) -> None:
-        folders = [_fresh_folder(tmp_path / "runs") for _ in range(3)]
+        folders = [fresh_folder(tmp_path / "runs") for _ in range(3)]
         assert len(set(folders)) == 3
         (tmp_path / "file").touch()
         with pytest.raises(QatError, match="--runs"):
-            _fresh_folder(tmp_path / "file" / "runs")
+            fresh_folder(tmp_path / "file" / "runs")
 
     def test_a_checkpoint_of_ours_can_teach(self, config: Path, tmp_path: Path, ckpt: Path) -> None:
         args = ["--model.teacher", "deit_tiny_patch16_224", "--model.teacher_checkpoint", str(ckpt)]
@@ -113,7 +114,7 @@ class TestFit:
         options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
         args = [word for name, value in options.items() for word in (f"--trainer.{name}", str(value))]
         cli = run(["fit", "--config", str(config), "--runs", str(tmp_path), *args])
-        assert cli.trainer.global_step == 3 + 2 == cli.model.total_steps()  # 6 and 3 batches
+        assert cli.trainer.global_step == 3 + 2 == cli.model.total  # 6 and 3 batches
         assert all(value.dtype == torch.float32 for value in cli.model.state_dict().values())
 
     def test_rules_are_appended_on_the_command_line(self, config: Path, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ ROOT = Path(qat.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = [
-    {"errors", "preprocessing", "recipe", "losses", "schedules"},
+    {"errors", "preprocessing", "recipe", "losses", "schedules", "finite"},
     {"quantizers"},
     {"insert", "describe"},
     {"models"},
-    {"ptq", "checkpoint", "teacher"},
-    {"module", "data", "callbacks", "agreement"},
+    {"ptq", "regularizers", "oscillation", "checkpoint", "teacher", "official"},
+    {"module", "data", "callbacks", "agreement", "progress", "runs"},
     {"trainer", "cli"},
 ]
 FRONT = "__init__"  # of the package: names for notebooks, loaded when first used
@@ -26,21 +26,25 @@ LEVEL = {FRONT: len(LEVELS)} | {unit: level for level, units in enumerate(LEVELS
 SIDEWAYS = {
     ("describe", "insert"),
     ("teacher", "checkpoint"),
+    ("official", "checkpoint"),
     ("module", "data"),
     ("callbacks", "module"),
     ("callbacks", "data"),
+    ("callbacks", "runs"),
+    ("module", "progress"),
     ("cli", "trainer"),
 }
 HELPERS = {  # what the other files of a folder may import
     "quantizers": {"base", "fitting"},
     "models": {"build", "layers"},
     "ptq": {"base"},
+    "regularizers": {"base"},
     "callbacks": set(),
     "data": {"crops", "folder", "images", "order"},
 }
 KNOWS = {
     "timm": {"models", "data"},
-    "lightning": {"module", "callbacks", "data", "trainer", "cli"},
+    "lightning": {"module", "callbacks", "data", "progress", "runs", "trainer", "cli"},
     "jsonargparse": {"cli"},
     "h5py": {"data"},
 }

@@ -141,10 +141,22 @@ class ImageNetDataModule(L.LightningDataModule):
         """The pass and how many of its batches are done, for a run that is resumed in the middle of a pass."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
-        return {"epoch": self._epoch, "batches": progress["processed"]}  # "completed" lags when saved in a callback
+        done = progress["processed"]  # "completed" lags when saved in a callback
+        return {"epoch": self._epoch, "batches": done, "batch_size": self.batch_size, "ranks": self._rank()[1]}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Makes the next loader of that pass leave out the batches that are done."""
+        """Makes the next loader of that pass leave out the batches that are done.
+
+        QatError when the checkpoint was taken in the middle of a pass whose batches were others.
+        """
+        passes = self.batches_per_pass(state_dict["ranks"], state_dict["epoch"] + 1)
+        if 0 < state_dict["batches"] < passes[-1]:
+            for name, now in (("batch_size", self.batch_size), ("ranks", self._rank()[1])):
+                if state_dict[name] != now:
+                    raise QatError(
+                        f"data.{name} is {now}, but the checkpoint was taken in the middle of a pass with "
+                        f"{state_dict[name]}: go on with that, or from a checkpoint of the end of a pass"
+                    )
         self._resumed = state_dict
 
     def teardown(self, stage: str) -> None:

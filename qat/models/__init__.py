@@ -2,6 +2,6 @@
 
 from qat.models import layers, vit
 from qat.models.build import build_float, default_preprocessing, read_weights
-from qat.models.optim import param_groups
+from qat.models.optim import param_groups, regroup
 
-__all__ = ["build_float", "default_preprocessing", "layers", "param_groups", "read_weights", "vit"]
+__all__ = ["build_float", "default_preprocessing", "layers", "param_groups", "read_weights", "regroup", "vit"]

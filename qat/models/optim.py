@@ -6,6 +6,8 @@ from typing import Any
 
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from qat.insert import quantizers
 
@@ -26,3 +28,14 @@ def param_groups(model: nn.Module, weight_decay: float, lr: float, step_lr: floa
         group["lr"] = lr
     groups.append({"params": steps, "weight_decay": 0.0, "lr": step_lr})
     return [group for group in groups if group["params"]]
+
+
+def regroup(optimizer: Optimizer, schedule: LambdaLR, groups: list[dict[str, Any]], **options: Any) -> None:
+    """Give an optimizer that was restored from a checkpoint the rates, decays and options of ``groups``, in place.
+
+    With the same settings as before, every learning rate stays the same to the bit.
+    """
+    schedule.base_lrs = [group["lr"] for group in groups]
+    for group, wanted, factor in zip(optimizer.param_groups, groups, schedule.lr_lambdas, strict=True):
+        rate = wanted["lr"] * factor(schedule.last_epoch)
+        group |= {"initial_lr": wanted["lr"], "lr": rate, "weight_decay": wanted["weight_decay"], **options}

@@ -84,10 +84,14 @@ class LSQQuantizer(Quantizer):
         out: Tensor = FakeQuantize.apply(x, step, offset, gain, self.qmin, self.qmax)
         return out
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """v = (x - offset) / step, not yet clipped: a new tensor, at least float32."""
+        step, offset = self.view(self.step, x), None if self.offset is None else self.view(self.offset, x)
+        return _scaled(x, step, offset)
+
     def encode(self, x: Tensor) -> Tensor:
         """Integer codes of ``x``, same shape, the smallest integer type."""
-        step, offset = self.view(self.step, x), None if self.offset is None else self.view(self.offset, x)
-        return _scaled(x, step, offset).clamp_(self.qmin, self.qmax).round_().to(self.code_dtype)
+        return self.scaled(x).clamp_(self.qmin, self.qmax).round_().to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values, float32, of codes in the shape of the tensor they came from."""

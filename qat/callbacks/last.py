@@ -1,0 +1,80 @@
+"""The checkpoint that a killed run goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from qat.errors import QatError
+from qat.runs import LAST, MetricsFile
+
+ROWS = "qat_metrics_rows"
+
+
+class SaveLast(Checkpoint):
+    """Writes ``folder/last.ckpt`` every so many optimiser steps and at the end of every pass.
+
+    The moment is chosen so that nothing of a step is still to be done: after its validation if it has one, otherwise
+    when the next batch begins, because the metrics of a step are logged after its last hook.
+
+    Args:
+        folder: of the run.
+        every: optimiser steps between two writes.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        if every < 1:
+            raise QatError(f"--save_every is {every}: give at least 1 optimiser step")
+        self.path, self.every = folder / LAST, every
+        self._saved, self._between = 0, False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What was resumed is saved already."""
+        self._saved = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save the state between two batches."""
+        self._between = True
+        self._save_if_due(trainer)
+        self._between = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after a validation in the middle of a pass, so that a resumed run does not have to repeat it."""
+        if not trainer.is_last_batch:
+            self._save_if_due(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save at the end of a pass."""
+        self._save(trainer)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
+        if trainer.global_step // self.every > self._saved // self.every:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._saved = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()  # metrics of what the checkpoint holds must not be lost with the process
+        trainer.save_checkpoint(self.path)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the length of the metrics; take back the batch that is counted as ready, but of which nothing is done."""
+        checkpoint[ROWS] = sum(logger.rows for logger in _metrics_files(trainer))
+        if self._between:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts["ready"] -= 1
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with the metrics of the run, without what came after the checkpoint."""
+        for logger in _metrics_files(trainer):
+            logger.keep(checkpoint.get(ROWS, 0))
+
+
+def _metrics_files(trainer: L.Trainer) -> list[MetricsFile]:
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]

@@ -1,0 +1,210 @@
+"""Oscillation of weights during training: tracked, and stopped by freezing."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from qat.errors import QatError
+from qat.insert import WeightSite, weight_sites
+from qat.module import QATModule
+from qat.oscillation import Freezable, Oscillation
+from qat.regularizers.base import LOW_BITS
+from qat.schedules import cosine_between
+
+CODE_BITS = 8  # wider codes do not fit into the int8 that the state keeps
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight, or the sum over several, of `oscillation.csv`."""
+
+    site: str
+    bits: str
+    weights: int
+    share: float  # part of the weights whose frequency is above the threshold
+    oscillations: int  # since training started
+    oscillations_per_update: float
+    frozen: float  # part of the weights that are frozen
+
+    @classmethod
+    def merge(cls, site: str, rows: list[Row]) -> Row:
+        """The weights of several rows taken together."""
+        weights = sum(row.weights for row in rows)
+        share, frozen = (sum(r.weights * value for r, value in zip(rows, values, strict=True)) / weights
+                         for values in ([r.share for r in rows], [r.frozen for r in rows]))  # fmt: skip
+        counts = sum(row.oscillations for row in rows), sum(row.oscillations_per_update for row in rows)
+        bits = "+".join(sorted({row.bits for row in rows}, key=int))
+        return cls(site, bits, weights, share, *counts, frozen)
+
+
+class OscillationTracker(L.Callback):
+    """Counts how many weights oscillate between codes; says so in the metrics and in ``oscillation.csv``.
+
+    The metrics are ``oscillation/low_bit`` (weights below 8 bits) and ``oscillation/8_bit``: the share, 0 to 1, of the
+    weights whose frequency is above the threshold. A frequency means little without its momentum: with 0.01 a single
+    oscillation stays above a threshold of 0.005 for 68 updates, with 0.001 six are needed to pass it.
+
+    Args:
+        momentum: of the frequency.
+        threshold: frequency above which a weight counts as oscillating.
+        every: optimiser steps between two looks at the codes.
+        log_every: optimiser steps between two entries in the metrics.
+    """
+
+    def __init__(self, momentum: float = 0.01, threshold: float = 0.005, every: int = 1, log_every: int = 100) -> None:
+        for name, value in (("momentum", momentum), ("threshold", threshold)):
+            if not 0 < value < 1:
+                raise QatError(f"{type(self).__name__}: {name} is {value}: give a number between 0 and 1")
+        for name, count in (("every", every), ("log_every", log_every)):
+            if count < 1:
+                raise QatError(f"{type(self).__name__}: {name} is {count}: give at least 1")
+        self.momentum, self.threshold, self.every, self.log_every = momentum, threshold, every, log_every
+        self.updates = 0
+        self._states: dict[str, Oscillation] = {}
+        self._sites: list[WeightSite] = []
+        self._restored: dict[str, Any] = {}
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read the codes that training starts with, or go on where a checkpoint was."""
+        assert isinstance(pl_module, QATModule)
+        self._sites, self._step = self.choose(pl_module), trainer.global_step
+        self._states = {site.name: self.track(site) for site in self._sites}
+        for name, state in self._restored.items():
+            if name in self._states:
+                self._states[name].load_state_dict(state)
+
+    def choose(self, module: QATModule) -> list[WeightSite]:
+        """The weights that are tracked."""
+        return weight_sites(module.model, max_bits=CODE_BITS)
+
+    def track(self, site: WeightSite) -> Oscillation:
+        """The state of one weight."""
+        return Oscillation(site.quantizer.encode(site.weight.detach()), self.momentum)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the codes after an optimiser step."""
+        if trainer.global_step == self._step:
+            return  # gradients are still being accumulated
+        self._step = trainer.global_step
+        if self._step % self.every == 0:
+            self.look(trainer)
+        if self._step % self.log_every == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics(self.metrics(), self._step)
+
+    @torch.no_grad()
+    def look(self, trainer: L.Trainer) -> None:
+        """Take note of all codes."""
+        self.updates += 1
+        for site in self._sites:
+            self._states[site.name].update(site.quantizer.encode(site.weight))
+
+    def metrics(self) -> dict[str, float]:
+        """The shares, low-bit and 8-bit weights apart."""
+        return {f"oscillation/{row.site}": row.share for row in self.totals(self.rows())}
+
+    def rows(self) -> list[Row]:
+        """One row per weight."""
+        return [self._row(site, self._states[site.name]) for site in self._sites]
+
+    def totals(self, rows: list[Row]) -> Iterator[Row]:
+        """One row for the low-bit weights and one for the 8-bit ones, as far as there are any."""
+        for name, low in (("low_bit", True), ("8_bit", False)):
+            if chosen := [row for row in rows if (int(row.bits) <= LOW_BITS) is low]:
+                yield Row.merge(name, chosen)
+
+    def _row(self, site: WeightSite, state: Oscillation) -> Row:
+        total = int(state.total)
+        frozen = float(state.frozen.float().mean()) if isinstance(state, Freezable) else 0.0
+        bits, share = str(site.quantizer.spec.width), float(state.share(self.threshold))
+        return Row(site.name, bits, site.weight.numel(), share, total, total / max(self.updates, 1), frozen)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the table of all weights."""
+        if self._sites and trainer.is_global_zero:
+            self.write(Path(trainer.default_root_dir) / "oscillation.csv")
+
+    on_train_end = on_validation_end
+
+    def write(self, path: Path) -> None:
+        """The table, one line per weight, then the totals; momentum and threshold are in its last columns."""
+        rows = self.rows()
+        settings = {"momentum": self.momentum, "threshold": self.threshold, "every": self.every}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)] + list(settings))
+            writer.writeheader()
+            writer.writerows(asdict(row) | settings for row in [*rows, *self.totals(rows)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: 4 bytes per weight."""
+        return {"updates": self.updates, "states": {name: s.state_dict() for name, s in self._states.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        self.updates, self._restored = state_dict["updates"], state_dict["states"]
+
+
+class IterativeFreezing(OscillationTracker):
+    """Freezes weights that oscillate too often at the code that they had on average (Nagel et al. 2022, section 4.3).
+
+    A frozen latent weight is set to step * code after every optimiser step, so its code stays while the step goes on
+    learning, and a checkpoint needs this callback no more. With a weight average, the average of a frozen weight still
+    holds what came before.
+
+    Args:
+        freeze_above: frequency above which a weight is frozen, when training starts.
+        freeze_above_at_end: the same when training ends; a cosine leads there. ``freeze_above`` when null.
+        momentum: of the frequency and of the mean code.
+        threshold: frequency above which a weight counts as oscillating in the metrics.
+        max_bits: widest weight that is tracked and frozen.
+        log_every: optimiser steps between two entries in the metrics.
+    """
+
+    def __init__(
+        self,
+        freeze_above: float = 0.02,
+        freeze_above_at_end: float | None = None,
+        momentum: float = 0.01,
+        threshold: float = 0.005,
+        max_bits: int = LOW_BITS,
+        log_every: int = 100,
+    ) -> None:
+        super().__init__(momentum, threshold, 1, log_every)
+        last = freeze_above if freeze_above_at_end is None else freeze_above_at_end
+        if not (0 < freeze_above < 1 and 0 < last < 1):
+            raise QatError(f"IterativeFreezing: freeze_above is {freeze_above} to {last}: give numbers between 0 and 1")
+        if not 2 <= max_bits <= CODE_BITS:
+            raise QatError(f"IterativeFreezing: max_bits is {max_bits}: give 2 to {CODE_BITS}")
+        self.first, self.last, self.max_bits = freeze_above, last, max_bits
+
+    def choose(self, module: QATModule) -> list[WeightSite]:
+        """The weights that are tracked and frozen."""
+        return weight_sites(module.model, max_bits=self.max_bits)
+
+    def track(self, site: WeightSite) -> Freezable:
+        """The state of one weight."""
+        return Freezable(site.quantizer.encode(site.weight.detach()), self.momentum)
+
+    @torch.no_grad()
+    def look(self, trainer: L.Trainer) -> None:
+        """Take note of all codes, freeze, and put frozen weights back to their code at the step of now."""
+        super().look(trainer)
+        module = trainer.lightning_module
+        assert isinstance(module, QATModule)
+        threshold = cosine_between(module.progress, self.first, self.last)
+        for site in self._sites:
+            state = self._states[site.name]
+            assert isinstance(state, Freezable)
+            state.freeze(threshold)
+            site.weight.copy_(torch.where(state.frozen, site.quantizer.decode(state.codes), site.weight))

@@ -1,0 +1,204 @@
+"""Runs that are killed, or that go on with other settings."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qat.cli import main, run
+from qat.module import QATModule
+from tests.conftest import TINY
+
+COMMAND = "import sys; from qat.cli import main; sys.exit(main(sys.argv[1:]))"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """Everything that has a state: weight average, tracker, regularizer, drop path, accumulation, validations within."""
+    path = tmp_path_factory.mktemp("config") / "all.yaml"
+    path.write_text(
+        f"""
+save_every: 2
+trainer:
+  accelerator: cpu
+  devices: 1
+  log_every_n_steps: 1
+  accumulate_grad_batches: 2
+  check_val_every_n_epoch: null
+  val_check_interval: 8
+  callbacks:
+    - {{class_path: EMAWeightAveraging, init_args: {{decay: 0.9}}}}
+    - {{class_path: OscillationTracker, init_args: {{log_every: 3}}}}
+    - {{class_path: GradientRatio, init_args: {{every: 4}}}}
+model:
+  arch: deit_tiny_patch16_224
+  model_args: {TINY}
+  checkpoint: null
+  drop_path: 0.3
+  recipe: vvtq
+  w_bits: 2
+  a_bits: 3
+  lr: 3.0e-3
+  regularizers: [{{class_path: BinRegularizer, init_args: {{start: 0.1}}}}]
+data: {{root: {images}, batch_size: 4, crops_per_image: 2, crop_epochs: 8, workers: 0}}
+calibration: {{images: 8, batch_size: 4}}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the uninterrupted run: 4 passes of 12 batches, 24 optimiser steps."""
+    cli = run(["fit", "--config", str(config), "--runs", str(tmp_path_factory.mktemp("whole"))])
+    assert cli.trainer.global_step == 24
+    return Path(cli.trainer.default_root_dir)
+
+
+def start(*args: object) -> subprocess.Popen[str]:
+    """`qat` in a process of its own, with as many threads as here: sums are taken in the order that threads give."""
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", COMMAND, *map(str, args)]
+    return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+
+
+def entries(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv, without empty cells and whatever the order of its columns."""
+    with (folder / "metrics.csv").open() as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def assert_same(ours: Any, theirs: Any, place: str = "") -> None:
+    """Equal to the bit, all the way down."""
+    if isinstance(theirs, torch.Tensor):
+        assert torch.equal(ours, theirs), place
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), place
+        for key in theirs:
+            assert_same(ours[key], theirs[key], f"{place}/{key}")
+    elif isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs), place
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{place}/{i}")
+    else:
+        assert ours == theirs, place
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Weights, steps, average, optimizer, tracker and metrics of two runs are equal to the bit."""
+    ours, theirs = (torch.load(f / "last.ckpt", weights_only=True) for f in (folder, whole))
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers",
+                "global_step", "epoch"):  # fmt: skip
+        assert_same(ours[key], theirs[key], key)
+    trackers = [next(v for k, v in c["callbacks"].items() if "OscillationTracker" in k) for c in (ours, theirs)]
+    assert_same(*trackers, "tracker")
+    assert entries(folder) == entries(whole)
+    assert (folder / "oscillation.csv").read_text() == (whole / "oscillation.csv").read_text()
+    assert {p.name for p in folder.glob("best*")} == {p.name for p in whole.glob("best*")}
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(config: Path, whole: Path, tmp_path: Path) -> None:
+    rng, kills, resumed = random.Random(0), 0, []
+    args = ["fit", "--config", config, "--runs", tmp_path]
+    for _ in range(12):
+        process = start(*args, *resumed)
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        began = next((line for line in lines if "training starts" in line), None)
+        if began is not None and kills < 4:
+            time.sleep(rng.uniform(0.05, 1.0))  # a whole run trains for 2 seconds or so on an idle machine
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() != 0
+        rest = process.communicate()[1]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, rest
+        resumed = ["--ckpt", "last"] if list(tmp_path.glob("*/*/last.ckpt")) else []
+    assert process.returncode == 0
+    assert kills >= 2
+    folder = sorted(tmp_path.glob("*/*/last.ckpt"))[-1].parent
+    assert_same_run(folder, whole)
+    assert (folder / "config_2.yaml").is_file()
+
+
+class StoppedError(Exception):
+    """Stands for anything that ends a process."""
+
+
+@pytest.mark.parametrize("step", [3, 5, 9, 12, 13, 19])
+def test_a_run_goes_on_from_any_step(
+    step: int, config: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint then is of step 2 or 8 (between batches, after a validation), of a pass, or between again."""
+
+    def stop(module: QATModule, *args: object) -> None:
+        if module.global_step == step:
+            raise StoppedError
+
+    args = ["fit", "--config", str(config), "--runs", str(tmp_path)]
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(QATModule, "on_before_zero_grad", stop)
+        run(args)
+    cli = run([*args, "--ckpt", "last"])
+    assert_same_run(Path(cli.trainer.default_root_dir), whole)
+
+
+class TestOtherSettings:
+    def test_a_longer_run_with_another_learning_rate_says_so(
+        self, config: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        args = ["fit", "--config", str(config), "--runs", str(tmp_path), "--ckpt", str(whole / "last.ckpt")]
+        with caplog.at_level("INFO"):
+            cli = run([*args, "--data.crop_epochs", "12", "--model.lr", "1e-3"])
+        assert cli.trainer.global_step == 36
+        assert "model.lr 0.003 -> 0.001" in caplog.text
+        assert "data.crop_epochs 8 -> 12" in caplog.text
+        assert "at step 24" in caplog.text
+        rates = [float(row["lr"]) for row in entries(Path(cli.trainer.default_root_dir)) if "lr" in row]
+        assert max(rates) < 1e-3  # the cosine of 36 steps, from its 24th
+
+    def test_the_same_settings_say_nothing(
+        self, config: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        args = ["fit", "--config", str(config), "--runs", str(tmp_path), "--ckpt", str(whole / "last.ckpt")]
+        with caplog.at_level("INFO"):
+            run(args)
+        assert "other than in the checkpoint" not in caplog.text
+
+    def test_another_batch_in_the_middle_of_a_pass_is_refused(
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        args = ["fit", "--config", str(config), "--runs", str(tmp_path)]
+        assert main([*args, "--trainer.max_steps", "8"]) == 0  # in the second pass
+        assert main([*args, "--ckpt", "last", "--data.batch_size", "8"]) == 2
+        assert "data.batch_size is 8" in capsys.readouterr().err
+
+    def test_nothing_to_go_on_from(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["fit", "--config", str(config), "--runs", str(tmp_path), "--ckpt", "last"]) == 2
+        assert "no " in capsys.readouterr().err
+
+
+def test_the_checkpoint_describes_the_average(config: Path, whole: Path, images: Path, tmp_path: Path) -> None:
+    content = torch.load(whole / "last.ckpt", weights_only=True)
+    differ = [
+        name
+        for name, value in content["state_dict"].items()
+        if not torch.equal(value, content["current_model_state"][name])
+    ]
+    assert differ
+    cli = run(["validate", "--ckpt", str(whole / "last.ckpt"), "--data.root", str(images), "--data.workers", "0"])
+    assert_same(cli.model.state_dict(), content["state_dict"])
+    rows = [row for row in entries(whole) if "val/loss" in row]
+    assert float(rows[-1]["val/loss"]) == pytest.approx(float(cli.trainer.callback_metrics["val/loss"]), rel=1e-6)
