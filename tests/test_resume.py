@@ -19,7 +19,7 @@ from qat.cli import main, run
 from qat.module import QATModule
 from tests.conftest import TINY
 
-COMMAND = "import sys; from qat.cli import main; sys.exit(main(sys.argv[1:]))"
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -69,7 +69,7 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(*args: object) -> subprocess.Popen[str]:
     """`qat` in a process of its own, with as many threads as here: sums are taken in the order that threads give."""
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-c", COMMAND, *map(str, args)]
+    words = [sys.executable, "-m", "qat", *map(str, args)]
     return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
 
 

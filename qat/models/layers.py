@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qat.describe import Product
 from qat.errors import QatError
 from qat.insert import Cuts, SiteBuilder, swaps
+from qat.quantizers import product
 
 
 @swaps(nn.Linear)
@@ -35,9 +36,12 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        x = F.linear(self.input_quant(x), self.weight_quant(self.weight), self.bias)
+        x = product(self._linear, (self.input_quant, x), (self.weight_quant, self.weight))
         out: Tensor = self.output_quant(x)
         return out
+
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
 
     def products(self, shape: tuple[int, ...]) -> list[Product]:
         """The products for one image, from the shape of an input with a batch axis."""
@@ -69,9 +73,12 @@ class QuantConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) to (B, O, H', W')."""
-        x = F.conv2d(self.input_quant(x), self.weight_quant(self.weight), self.bias, **self.options)
+        x = product(self._conv, (self.input_quant, x), (self.weight_quant, self.weight))
         out: Tensor = self.output_quant(x)
         return out
+
+    def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, **self.options)
 
     def products(self, shape: tuple[int, ...]) -> list[Product]:
         """The products for one image, from the shape of an input with a batch axis."""

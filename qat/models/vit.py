@@ -15,7 +15,7 @@ from qat.describe import Product
 from qat.errors import QatError
 from qat.insert import SiteBuilder, family, swap_children, swaps
 from qat.models.layers import QuantLinear
-from qat.quantizers import FloatSite
+from qat.quantizers import FloatSite, product
 
 
 @family(VisionTransformer, VisionTransformerDistilled)
@@ -83,8 +83,7 @@ class QuantAttention(nn.Module):
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D)
-        q, k, v = self.q_quant(self.q_norm(q)), self.k_quant(self.k_norm(k)), self.v_quant(v)
-        x = self._attend(q, k, v, attn_mask, is_causal)  # (B, H, N, D)
+        x = self._attend(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal)  # (B, H, N, D)
         x = self.norm(x.transpose(1, 2).reshape(B, N, self.attn_dim))
         out: Tensor = self.proj_drop(self.proj(x))
         return out
@@ -92,15 +91,21 @@ class QuantAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if isinstance(self.scores_quant, FloatSite) and isinstance(self.probs_quant, FloatSite):
             dropout = self.attn_drop.p if self.training else 0.0
+            q, k, v = self.q_quant(q), self.k_quant(k), self.v_quant(v)
             return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-        scores = self.scores_quant((q * self.scale) @ k.transpose(-2, -1))  # (B, H, N, N)
+        scores = self.scores_quant(product(self._scores, (self.q_quant, q), (self.k_quant, k)))  # (B, H, N, N)
         if is_causal:  # a mask comes after scores_quant, which would clip -inf
             scores = scores + scores.new_full(scores.shape[-2:], float("-inf")).triu_(1)
         elif attn_mask is not None and attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         elif attn_mask is not None:
             scores = scores + attn_mask
-        probs = self.probs_quant(scores.softmax(-1))
+        return product(self._mix, (self.probs_quant, scores.softmax(-1)), (self.v_quant, v))
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q * self.scale) @ k.transpose(-2, -1)
+
+    def _mix(self, probs: Tensor, v: Tensor) -> Tensor:
         out: Tensor = self.attn_drop(probs) @ v
         return out
 

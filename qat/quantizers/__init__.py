@@ -2,5 +2,6 @@
 
 from qat.quantizers.base import FloatSite, Quantizer
 from qat.quantizers.lsq import LSQ, LSQQuantizer
+from qat.quantizers.product import product
 
-__all__ = ["LSQ", "FloatSite", "LSQQuantizer", "Quantizer"]
+__all__ = ["LSQ", "FloatSite", "LSQQuantizer", "Quantizer", "product"]

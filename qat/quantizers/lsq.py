@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
-from qat.quantizers import fitting
+from qat.quantizers import fitting, kernels
 from qat.quantizers.base import Quantizer
+from qat.quantizers.kernels import Kernels
 from qat.recipe import Layout, Spec
 
 GradScale = Literal["l1", "numel", "vvtq_act", "none"]
@@ -72,6 +73,7 @@ class LSQQuantizer(Quantizer):
     def __init__(self, spec: LSQ, layout: Layout) -> None:
         super().__init__(spec, layout)
         self.qmin, self.qmax = spec.qmin, spec.qmax
+        self.kernels = kernels.EAGER
         self.offset = nn.Parameter(torch.full((layout.groups,), torch.nan)) if spec.offset else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,13 +83,14 @@ class LSQQuantizer(Quantizer):
         step = self.view(self.step, x)
         offset = None if self.offset is None else self.view(self.offset, x)
         gain = self.gain(x) if torch.is_grad_enabled() and self.step.requires_grad else 1.0
-        out: Tensor = FakeQuantize.apply(x, step, offset, gain, self.qmin, self.qmax)
+        out: Tensor = FakeQuantize.apply(x, step, offset, gain, (self.qmin, self.qmax), self.kernels)
         return out
 
+    @torch.no_grad()
     def scaled(self, x: Tensor) -> Tensor:
-        """v = (x - offset) / step, not yet clipped: a new tensor, at least float32."""
+        """v = (x - offset) / step, not yet clipped: a new tensor without gradient, at least float32."""
         step, offset = self.view(self.step, x), None if self.offset is None else self.view(self.offset, x)
-        return _scaled(x, step, offset)
+        return kernels.scaled(x, step, offset)
 
     def encode(self, x: Tensor) -> Tensor:
         """Integer codes of ``x``, same shape, the smallest integer type."""
@@ -129,40 +132,26 @@ class LSQQuantizer(Quantizer):
         self.step.clamp_(min=MIN_STEP)
 
 
-def _scaled(x: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
-    """A new tensor (x - offset) / step, at least float32: bfloat16 would change 8-bit codes."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x / step if offset is None else (x - offset).div_(step)
-
-
 class FakeQuantize(torch.autograd.Function):
     """Quantise and dequantise; keeps only ``x`` for backward and recomputes the rest."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, gain: float | Tensor, qmin: int, qmax: int
-    ) -> Tensor:
+        ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, gain: float | Tensor, bounds: tuple[int, int],
+        kernels: Kernels,
+    ) -> Tensor:  # fmt: skip
         """Values on the grid, in the dtype of ``x``."""
         ctx.save_for_backward(x, step, offset, gain if isinstance(gain, Tensor) else None)
-        ctx.gain, ctx.qmin, ctx.qmax = gain, qmin, qmax
-        out = _scaled(x, step, offset).clamp_(qmin, qmax).round_().mul_(step)
-        return (out if offset is None else out.add_(offset)).to(x.dtype)
+        ctx.gain, ctx.bounds, ctx.kernels = gain, bounds, kernels
+        return kernels.values(x, step, offset, *bounds)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``step`` and ``offset`` (equations at the top of the file)."""
         x, step, offset, gain = ctx.saved_tensors
-        gain = ctx.gain if gain is None else gain
-        v = _scaled(x, step, offset)
-        clipped = v.clamp(ctx.qmin, ctx.qmax)
-        inside = v.eq_(clipped)  # 1.0 or 0.0 in place: a bool mask costs two more passes
-        grad = grads[0].to(v.dtype)
-        d = clipped.round().addcmul_(clipped, inside, value=-1)  # not v: inf * 0 is NaN
-        d_step = d.mul_(grad).sum_to_size(step.shape) * gain
-        d_x = inside.mul_(grad)
-        d_offset = None if offset is None else (grad - d_x).sum_to_size(offset.shape)
-        return d_x.to(x.dtype), d_step, d_offset, None, None, None
+        d_x, d_step, d_offset = ctx.kernels.gradients(x, step, offset, grads[0], *ctx.bounds)
+        return d_x, d_step * (ctx.gain if gain is None else gain), d_offset, None, None, None
 
 
 assert set(fitting.METHODS) == set(get_args(Init))

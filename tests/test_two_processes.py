@@ -1,0 +1,98 @@
+"""Two processes (DDP over gloo on the CPU) beside one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.cli import QatCLI, run
+from tests.conftest import write_images
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def in_two(*args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`qat` in two processes; a hang ends in TimeoutExpired."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "qat", *map(str, args), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    return subprocess.run(
+        words, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training images, which two processes share evenly, and 9 for validation, which they cannot."""
+    root = tmp_path_factory.mktemp("odd")
+    write_images(root / "train", 8, seed=0)
+    write_images(root / "val", 3, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def one(config: Path, odd: Path, tmp_path_factory: pytest.TempPathFactory) -> QatCLI:
+    """One process with batches of 8 crops."""
+    runs = tmp_path_factory.mktemp("one")
+    return run(["fit", "--config", str(config), "--data.root", str(odd), "--runs", str(runs), *REGULARIZED])
+
+
+@pytest.fixture(scope="module")
+def two(config: Path, odd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two processes with batches of 4 crops each."""
+    runs = tmp_path_factory.mktemp("two")
+    args = ("fit", "--config", config, "--data.root", odd, "--runs", runs, "--data.batch_size", "4", *REGULARIZED)
+    done = in_two(*args)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("run folder") == 1  # one log
+    (folder,) = runs.glob("*/*")  # one run folder
+    return folder
+
+
+REGULARIZED = (
+    "--model.regularizers+", "BinRegularizer", "--model.regularizers.start", "0.1",
+    "--trainer.callbacks+", "OscillationTracker",
+)  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_two_processes_train_what_one_trains(one: QatCLI, two: Path) -> None:
+    ours = torch.load(two / "last.ckpt", weights_only=True)["state_dict"]
+    theirs = one.model.state_dict()
+    # gradients are sums over the batch in another order: float32 rounding, which AdamW then divides by its own size
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, atol=2e-5, rtol=1e-4), name
+    assert losses(two) == pytest.approx(losses(Path(one.trainer.default_root_dir)), abs=1e-6, rel=1e-6)
+
+
+def test_validation_counts_every_image_once(one: QatCLI, two: Path, odd: Path, tmp_path: Path) -> None:
+    args = ("--ckpt", two / "last.ckpt", "--data.root", odd, "--data.workers", "0", "--data.val_batch_size", "2")
+    done = in_two("validate", *args, "--trainer.accelerator", "cpu", "--results_file", tmp_path / "two.json")
+    assert done.returncode == 0, done.stderr
+    run(["validate", *map(str, args), "--trainer.accelerator", "cpu", "--results_file", str(tmp_path / "one.json")])
+    ours, theirs = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    assert ours["images"] == theirs["images"] == 9
+    assert ours["top1"] == theirs["top1"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+def test_an_error_of_one_process_reaches_the_user(config: Path, odd: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "train", 8, seed=0)
+    (tmp_path / "val").symlink_to(odd / "val")
+    bad = tmp_path / "train/bee/2.png"
+    bad.write_bytes(b"no image")
+    args = ("fit", "--config", config, "--data.root", tmp_path, "--runs", tmp_path / "runs", "--data.batch_size", "4")
+    done = in_two(*args, "--calibration.images", "2", "--calibration.seed", "1")
+    assert done.returncode != 0
+    assert "bee/2.png" in done.stderr
