@@ -58,7 +58,7 @@ def two(config: Path, odd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 REGULARIZED = (
     "--model.regularizers+", "BinRegularizer", "--model.regularizers.start", "0.1",
-    "--trainer.callbacks+", "OscillationTracker",
+    "--trainer.callbacks+", "OscillationTracker", "--trainer.max_steps", "6",
 )  # fmt: skip
 
 
@@ -70,9 +70,12 @@ def losses(folder: Path) -> list[float]:
 def test_two_processes_train_what_one_trains(one: QatCLI, two: Path) -> None:
     ours = torch.load(two / "last.ckpt", weights_only=True)["state_dict"]
     theirs = one.model.state_dict()
-    # gradients are sums over the batch in another order: float32 rounding, which AdamW then divides by its own size
+    # gradients are sums over the batch in another order. Later than this, such a rounding error moves some activation
+    # over the edge of its bin, and the runs part: by 1e-3 in the loss of the eighth step
     for name, value in theirs.items():
-        assert torch.allclose(ours[name], value, atol=2e-5, rtol=1e-4), name
+        # softmax hardly feels the bias of k: its gradient is all rounding, which AdamW divides by its own size
+        tolerance = 1e-5 if name.endswith("qkv.bias") else 1e-6
+        assert torch.allclose(ours[name], value, atol=tolerance, rtol=1e-6), name
     assert losses(two) == pytest.approx(losses(Path(one.trainer.default_root_dir)), abs=1e-6, rel=1e-6)
 
 

@@ -47,6 +47,9 @@ class Quantizer(nn.Module, ABC):
     def project_(self) -> None:
         """Move the parameters back to legal values after an optimiser step."""
 
+    def compile_(self) -> None:
+        """Use compiled arithmetic from now on; a quantizer that has none stays as it is."""
+
     @property
     def code_dtype(self) -> torch.dtype:
         """The integer type of codes: int8 or uint8 up to 8 bits, int32 beyond."""

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qat.errors import QatError, first_line
+
 Values = Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor]
 Gradients = Callable[[Tensor, Tensor, Tensor | None, Tensor, int, int], tuple[Tensor, Tensor, Tensor | None]]
 
@@ -57,7 +59,38 @@ EAGER = Kernels(values, gradients)
 
 @cache
 def compiled() -> Kernels:
-    """Both functions through `torch.compile`: one pass over memory in place of four, sizes left open."""
-    return Kernels(
-        torch.compile(values, dynamic=True, fullgraph=True), torch.compile(gradients, dynamic=True, fullgraph=True)
-    )
+    """Both functions through `torch.compile`: one pass over memory in place of four or more.
+
+    Sizes stay open, and what a tensor is besides its values (a parameter, a view, one with a gradient) is hidden from
+    the compiler, so a model of any depth needs a handful of compilations. QatError where there is no compiler.
+    """
+    ours = [torch.compile(function, dynamic=True, fullgraph=True) for function in (values, gradients)]
+
+    def fused_values(x: Tensor, step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
+        out: Tensor = ours[0](*_plain(x, step, offset), qmin, qmax)
+        return out.view(x.shape)
+
+    def fused_gradients(
+        x: Tensor, step: Tensor, offset: Tensor | None, grad: Tensor, qmin: int, qmax: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if x.is_contiguous():
+            grad = grad.contiguous()
+        plain = _plain(x, step, offset)
+        d_x, d_step, d_offset = ours[1](*plain, grad.view(plain[0].shape), qmin, qmax)
+        return d_x.view(x.shape), d_step.view(step.shape), None if offset is None else d_offset.view(offset.shape)
+
+    try:
+        fused_values(torch.ones(64), torch.ones(1), None, -8, 7)
+    except Exception as error:  # no C++ compiler, no Triton, an unknown platform: torch has no common base for them
+        raise QatError(
+            f"model.compile: torch.compile does not work here ({first_line(error)}); leave the option out"
+        ) from None
+    return Kernels(fused_values, fused_gradients)
+
+
+def _plain(x: Tensor, step: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Detached, and in one dimension where one step and dense memory allow it."""
+    x, step, offset = x.detach(), step.detach(), None if offset is None else offset.detach()
+    if step.numel() > 1 or not x.is_contiguous():
+        return x, step, offset
+    return x.view(-1), step.view(1), None if offset is None else offset.view(1)

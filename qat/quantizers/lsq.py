@@ -101,6 +101,10 @@ class LSQQuantizer(Quantizer):
         values = codes.to(self.step.dtype) * self.view(self.step, codes)
         return values if self.offset is None else values + self.view(self.offset, codes)
 
+    def compile_(self) -> None:
+        """Use compiled arithmetic from now on; QatError where there is no compiler."""
+        self.kernels = kernels.compiled()
+
     @torch.no_grad()
     def gain(self, x: Tensor) -> float | Tensor:
         """Gain of the step's gradient, shaped to broadcast over ``x``."""

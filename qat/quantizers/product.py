@@ -1,7 +1,8 @@
 """Matrix products of quantised operands that keep no quantised operand for backward.
 
 A product needs its operands again in backward. A quantised one is a function of a tensor that its quantizer keeps
-anyway, so it is computed again in place of being kept: 4 bytes less per value of every activation and weight site.
+anyway, so it is computed again in place of being kept: 4 bytes less per value of an activation. Quantised weights are
+kept: they are few, and there are many of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.base import Quantizer
+
 Operand = tuple[nn.Module, Tensor]  # a site and the tensor that goes through it
 
 
@@ -21,7 +24,9 @@ def product(op: Callable[..., Tensor], *operands: Operand) -> Tensor:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*quantised)
     sources = {
-        out.data_ptr(): (site, x.detach()) for (site, x), out in zip(operands, quantised, strict=True) if out is not x
+        out.data_ptr(): (site, x.detach())
+        for (site, x), out in zip(operands, quantised, strict=True)
+        if isinstance(site, Quantizer) and site.layout.batched and out is not x
     }
 
     def pack(tensor: Tensor) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
@@ -50,11 +50,11 @@ class Regularizer(ABC):
 
     def __call__(self, model: nn.Module) -> Tensor:
         """The sum over the chosen weights, without the factor `weight_at`."""
-        return torch.stack([self.penalty(site) for site in self.choose(model)]).sum()
+        return self.penalty(self.choose(model))
 
     @abstractmethod
-    def penalty(self, site: WeightSite) -> Tensor:
-        """The loss of one weight, a scalar."""
+    def penalty(self, sites: Sequence[WeightSite]) -> Tensor:
+        """The sum over these weights, a scalar."""
 
 
 def grid_of(site: WeightSite) -> LSQQuantizer:

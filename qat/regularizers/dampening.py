@@ -5,6 +5,7 @@ L = sum_i (value_i - clip(w_i))^2,   clip to the range of the grid, value_i the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -39,8 +40,11 @@ class Dampening(Regularizer):
         super().__init__(weight, start, sites, max_bits)
         self.reduction = reduction
 
-    def penalty(self, site: WeightSite) -> Tensor:
-        """The squared distances of one weight, reduced."""
+    def penalty(self, sites: Sequence[WeightSite]) -> Tensor:
+        """The squared distances of these weights, reduced."""
+        return torch.stack([self._one(site) for site in sites]).sum()
+
+    def _one(self, site: WeightSite) -> Tensor:
         weight, quantizer = site.weight, grid_of(site)
         with torch.no_grad():
             v = quantizer.scaled(weight)

@@ -63,8 +63,8 @@ def exact(
 )  # fmt: skip
 def test_worked_example(bits: int, mean_form: float, sum_form: float, d_w: list[list[float]], d_s: float) -> None:
     chosen = site(torch.tensor(W, dtype=torch.float64), [0.2], bits)
-    assert BinRegularizer(reduction="sum").penalty(chosen).item() == pytest.approx(sum_form, abs=1e-10)
-    penalty = BinRegularizer(reduction="mean").penalty(chosen)
+    assert BinRegularizer(reduction="sum").penalty([chosen]).item() == pytest.approx(sum_form, abs=1e-10)
+    penalty = BinRegularizer(reduction="mean").penalty([chosen])
     penalty.backward()
     assert penalty.item() == pytest.approx(mean_form, abs=1e-10)  # the digits that are printed
     assert torch.allclose(chosen.weight.grad, torch.tensor(d_w, dtype=torch.float64), atol=5e-8)
@@ -80,7 +80,7 @@ def test_equals_the_exact_form(shape: tuple[int, int], axis: int, groups: int, o
     weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3
     steps = [0.1 + 0.05 * g for g in range(groups)]
     chosen = site(weight, steps, 3, Layout(axis, groups, batched=False), offset=offset)
-    penalty = BinRegularizer(reduction=reduction).penalty(chosen)
+    penalty = BinRegularizer(reduction=reduction).penalty([chosen])
     (3 * penalty).backward()
     rows = chosen.quantizer.grouped(weight).numpy()
     grads = chosen.quantizer.grouped(chosen.weight.grad).numpy()
@@ -102,7 +102,7 @@ def test_float32_agrees_with_float64() -> None:
     grads = []
     for dtype in (torch.float32, torch.float64):
         chosen = site(weight.to(dtype), [0.2], 3)
-        BinRegularizer(reduction="mean").penalty(chosen).backward()
+        BinRegularizer(reduction="mean").penalty([chosen]).backward()
         centre = 2 * chosen.weight.detach() / weight.numel()  # all weights are in bin 0
         grads.append((chosen.weight.grad - centre).double())
     assert torch.allclose(grads[0], grads[1], atol=1e-11)  # 2 (w - mean) / 4095 is 5e-9; float32 resolves 0.06 to 4e-9

@@ -24,7 +24,7 @@ def site() -> WeightSite:
 @pytest.mark.parametrize(("reduction", "count"), [("sum", 1), ("mean", 12), ("channel", 4)])
 def test_value_and_gradient(reduction: str, count: int) -> None:
     chosen = site()
-    penalty = Dampening(reduction=reduction).penalty(chosen)
+    penalty = Dampening(reduction=reduction).penalty([chosen])
     penalty.backward()
     # distances, 0 where clipped (0.24 and 0.31 are above 0.2, the largest value): squares sum to 0.0273, as printed
     distance = [[0, -0.07, -0.06, 0.03], [-0.08, 0, 0, 0], [-0.01, 0.08, 0.07, -0.01]]
@@ -36,4 +36,4 @@ def test_value_and_gradient(reduction: str, count: int) -> None:
 def test_other_grids_are_refused() -> None:
     chosen = site()._replace(quantizer=nn.Identity())
     with pytest.raises(QatError, match=r"fc\.weight_quant is a Identity"):
-        Dampening().penalty(chosen)
+        Dampening().penalty([chosen])
