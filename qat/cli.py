@@ -71,7 +71,7 @@ class QatCLI(LightningCLI):
             "--ckpt",
             type=Path | None,
             default=None,
-            help="Checkpoint that describes its own model; for fit also the word last: go on in the newest run of NAME.",
+            help="Checkpoint that describes its own model; fit --ckpt last goes on in the newest run of NAME.",
         )
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the config's when null.")
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="Runs go to RUNS/NAME/DATE.")
@@ -181,7 +181,7 @@ class QatCLI(LightningCLI):
         return super()._instantiate_trainer(config, [])
 
     def _recorders(self, run: Path, callbacks: list[Any]) -> list[Callback]:
-        """What a run saves: its table, its metrics, the best checkpoint, selected on validation images, and the last."""
+        """What a run saves: its table, the best checkpoint, selected on validation images, and the last one."""
         best = ModelCheckpoint(
             run, "best_on_val_{epoch}", monitor="val/top1", mode="max", save_top_k=1, auto_insert_metric_name=False,
             enable_version_counter=False,

@@ -21,9 +21,9 @@ from qat.checkpoint import KEY, Card
 from qat.data.crops import rng_for
 from qat.data.images import Batch
 from qat.errors import QatError
+from qat.finite import FiniteCheck
 from qat.insert import quantize, quantizers, raise_for_uncalibrated
 from qat.losses import soft_cross_entropy, sparse_soft_cross_entropy
-from qat.finite import FiniteCheck
 from qat.models import build_float, default_preprocessing, param_groups, regroup
 from qat.progress import total_steps
 from qat.recipe import build_recipe
@@ -176,7 +176,7 @@ class QATModule(L.LightningModule):
         return F.cross_entropy(logits.float(), batch.labels)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make drop path a function of (seed, pass, batch, rank), so that a resumed run draws what it would have drawn."""
+        """Make drop path a function of (seed, pass, batch, rank): a resumed run draws what it would have drawn."""
         rng = rng_for(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank)
         torch.manual_seed(int(rng.integers(2**63)))
 
@@ -241,7 +241,7 @@ class QATModule(L.LightningModule):
         return param_groups(self.model, self.weight_decay, self.lr, self.step_lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the card and the options; QatError rather than overwrite a good checkpoint with weights that are not finite."""
+        """Add card and options; QatError rather than overwrite a good checkpoint with weights that are not finite."""
         for name, value in self.model.state_dict().items():
             if not torch.isfinite(value).all():
                 raise QatError(f"{name} is not finite at step {self.global_step}; the last good checkpoint is kept")

@@ -1,4 +1,4 @@
-"""The folder of a run, RUNS/NAME/DATE: where it is, its metrics, its checkpoints, all of which survive a killed process."""
+"""The folder of a run, RUNS/NAME/DATE: where it is, its metrics and checkpoints, which survive a killed process."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from qat.cli import main, run
 from qat.module import QATModule
 from tests.conftest import TINY
 
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -67,7 +66,7 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(*args: object) -> subprocess.Popen[str]:
-    """`qat` in a process of its own, with as many threads as here: sums are taken in the order that threads give."""
+    """`qat` in a process of its own, with as many threads as here: sums depend on their number."""
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "qat", *map(str, args)]
     return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
@@ -148,9 +147,10 @@ def test_a_run_goes_on_from_any_step(
             raise StoppedError
 
     args = ["fit", "--config", str(config), "--runs", str(tmp_path)]
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+    with monkeypatch.context() as patch:
         patch.setattr(QATModule, "on_before_zero_grad", stop)
-        run(args)
+        with pytest.raises(StoppedError):
+            run(args)
     cli = run([*args, "--ckpt", "last"])
     assert_same_run(Path(cli.trainer.default_root_dir), whole)
 

@@ -15,7 +15,6 @@ import torch
 from qat.cli import QatCLI, run
 from tests.conftest import write_images
 
-
 ROOT = Path(__file__).parents[1]
 
 

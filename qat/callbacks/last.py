@@ -63,7 +63,7 @@ class SaveLast(Checkpoint):
         trainer.save_checkpoint(self.path)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the length of the metrics; take back the batch that is counted as ready, but of which nothing is done."""
+        """Note the length of the metrics; take back the batch that counts as ready, but of which nothing is done."""
         checkpoint[ROWS] = sum(logger.rows for logger in _metrics_files(trainer))
         if self._between:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

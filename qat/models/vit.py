@@ -103,11 +103,12 @@ class QuantAttention(nn.Module):
         return product(self._mix, (self.probs_quant, scores.softmax(-1)), (self.v_quant, v))
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q * self.scale) @ k.transpose(-2, -1)
+        scaled: Tensor = q * self.scale
+        return scaled @ k.transpose(-2, -1)
 
     def _mix(self, probs: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = self.attn_drop(probs) @ v
-        return out
+        dropped: Tensor = self.attn_drop(probs)
+        return dropped @ v
 
     def products(self, shape: tuple[int, ...]) -> list[Product]:
         """The two products between tokens for one image, from the shape (B, N, C) of an input."""

@@ -64,11 +64,11 @@ def compiled() -> Kernels:
     Sizes stay open, and what a tensor is besides its values (a parameter, a view, one with a gradient) is hidden from
     the compiler, so a model of any depth needs a handful of compilations. QatError where there is no compiler.
     """
-    ours = [torch.compile(function, dynamic=True, fullgraph=True) for function in (values, gradients)]
+    fast_values = torch.compile(values, dynamic=True, fullgraph=True)
+    fast_gradients = torch.compile(gradients, dynamic=True, fullgraph=True)
 
     def fused_values(x: Tensor, step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
-        out: Tensor = ours[0](*_plain(x, step, offset), qmin, qmax)
-        return out.view(x.shape)
+        return fast_values(*_plain(x, step, offset), qmin, qmax).view(x.shape)
 
     def fused_gradients(
         x: Tensor, step: Tensor, offset: Tensor | None, grad: Tensor, qmin: int, qmax: int
@@ -76,8 +76,10 @@ def compiled() -> Kernels:
         if x.is_contiguous():
             grad = grad.contiguous()
         plain = _plain(x, step, offset)
-        d_x, d_step, d_offset = ours[1](*plain, grad.view(plain[0].shape), qmin, qmax)
-        return d_x.view(x.shape), d_step.view(step.shape), None if offset is None else d_offset.view(offset.shape)
+        d_x, d_step, d_offset = fast_gradients(*plain, grad.view(plain[0].shape), qmin, qmax)
+        if offset is not None and d_offset is not None:
+            d_offset = d_offset.view(offset.shape)
+        return d_x.view(x.shape), d_step.view(step.shape), d_offset
 
     try:
         fused_values(torch.ones(64), torch.ones(1), None, -8, 7)

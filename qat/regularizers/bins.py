@@ -21,6 +21,7 @@ Shapes: G groups that share a step, R rows of m weights, each row from one group
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from math import gcd
 from typing import Any, Literal
@@ -67,21 +68,28 @@ class BinRegularizer(Regularizer):
     def _together(self, sites: list[WeightSite], bounds: tuple[int, int]) -> Tensor:
         grids = [grid_of(site) for site in sites]
         weights = [grid.grouped(site.weight) for grid, site in zip(grids, sites, strict=True)]  # (G_i, n_i)
-        m = gcd(ROW, *(weight.shape[1] for weight in weights))
-        rows = [weight.shape[1] // m for weight in weights for _ in range(weight.shape[0])]
-        place = {"device": weights[0].device}
-        group = torch.arange(len(rows), **place).repeat_interleave(torch.tensor(rows, **place))  # (R,)
-        scales = [1.0 if self.reduction == "sum" else 1 / weight.numel() for weight in weights]
-        scale = torch.cat([weight.new_full((weight.shape[0],), s) for weight, s in zip(weights, scales, strict=True)])
-        steps = torch.cat([grid.step for grid in grids])
-        offsets = [grid.offset for grid in grids]
-        offset = None
-        if any(o is not None for o in offsets):
-            offset = torch.cat([torch.zeros_like(g.step) if g.offset is None else g.offset for g in grids])
-        gains = torch.cat([_gain(site) for site in sites])
+        shapes = tuple((weight.shape[0], weight.shape[1]) for weight in weights)
+        m, group, size = _rows(shapes, weights[0].device)
         x = torch.cat([weight.reshape(-1, m) for weight in weights])  # (R, m)
-        out: Tensor = BinPenalty.apply(x, steps, offset, group, gains, scale, bounds)
+        step, offset = torch.cat([grid.step for grid in grids]), None
+        if any(grid.offset is not None for grid in grids):
+            offset = torch.cat([torch.zeros_like(g.step) if g.offset is None else g.offset for g in grids])
+        gain = torch.cat([_gain(site) for site in sites])
+        scale = torch.ones_like(step) if self.reduction == "sum" else 1 / size.to(step.dtype)
+        out: Tensor = BinPenalty.apply(x, step, offset, group, gain, scale, bounds)
         return out
+
+
+@cache
+def _rows(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[int, Tensor, Tensor]:
+    """For weights (G_i, n_i): weights in a row m, group of each row (R,), values of the whole weight per group (G,).
+
+    Kept, because a copy to a GPU makes the host wait.
+    """
+    m = gcd(ROW, *(n for _, n in shapes))
+    rows = torch.tensor([n // m for groups, n in shapes for _ in range(groups)], device=device)
+    size = torch.tensor([groups * n for groups, n in shapes for _ in range(groups)], device=device)
+    return m, torch.arange(len(rows), device=device).repeat_interleave(rows), size
 
 
 def _bounds(site: WeightSite) -> tuple[int, int]:

@@ -50,7 +50,13 @@ def frozen_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         usual = QatCLI._recorders
         patch.setattr(QatCLI, "_recorders", lambda *args: [freezing, watch, *usual(*args)])
         runs = tmp_path_factory.mktemp("frozen")
-        options = {"model.w_bits": 2, "model.lr": 0.005, "data.crop_epochs": 24, "data.batch_size": 8}
+        options = {
+            "model.w_bits": 2,
+            "model.lr": 0.005,
+            "model.step_lr": 1e-4,
+            "data.crop_epochs": 24,
+            "data.batch_size": 8,
+        }
         args = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         cli = run(["fit", "--config", str(config), "--runs", str(runs), *args])
     return watch, Path(cli.trainer.default_root_dir)
