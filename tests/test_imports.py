@@ -20,6 +20,7 @@ LEVELS = [
     {"ptq", "regularizers", "oscillation", "checkpoint", "teacher", "official"},
     {"module", "data", "callbacks", "agreement", "progress", "runs"},
     {"trainer", "cli"},
+    {"__main__"},
 ]
 FRONT = "__init__"  # of the package: names for notebooks, loaded when first used
 LEVEL = {FRONT: len(LEVELS)} | {unit: level for level, units in enumerate(LEVELS) for unit in units}
@@ -35,7 +36,7 @@ SIDEWAYS = {
     ("cli", "trainer"),
 }
 HELPERS = {  # what the other files of a folder may import
-    "quantizers": {"base", "fitting"},
+    "quantizers": {"base", "fitting", "kernels"},
     "models": {"build", "layers"},
     "ptq": {"base"},
     "regularizers": {"base"},

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
-    """Everything that has a state: weight average, tracker, regularizer, drop path, accumulation, validations within."""
+    """Whatever has a state: weight average, tracker, regularizer, drop path, accumulation, validations within."""
     path = tmp_path_factory.mktemp("config") / "all.yaml"
     path.write_text(
         f"""
