@@ -1,11 +1,12 @@
 """Seconds and memory of a quantised training step, over those of the float step of plain timm.
 
     python benchmarks/train_step.py                -> CPU and, where there is one, GPU (float32 and bfloat16 autocast)
+    python benchmarks/train_step.py --blocks       -> also with every block compiled as a whole: minutes on a CPU
 
 A step is what `qat fit` does with a batch that is on the device: normalise uint8 crops, forward, cross-entropy with
-labels, backward, AdamW, `project_`. The float step is the same with timm's own model and its fused attention. Both run
-in turn, in one process, on one batch; the median of their times is reported. The ratio is the figure of merit: a time
-depends on the machine and its load, a ratio within one run far less.
+labels, backward, AdamW, `project_`. The float step is the same with timm's own model and its fused attention. All
+variants run in turn, in one process, on one batch; the median of their times is reported. The ratio is the figure of
+merit: a time depends on the machine and its load, a ratio within one run far less.
 
 Memory on a GPU is the peak that the allocator reports during one step, everything included. A CPU has no such number:
 the peak of the resident set is mostly libraries and what the allocator holds back. There, bytes are counted instead:
@@ -22,7 +23,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,25 +38,43 @@ from qat.data.images import Batch
 from qat.insert import quantizers
 from qat.module import QATModule
 from qat.ptq import InitSteps
+from qat.regularizers import BinRegularizer
 
 WARM_UP = 2
+Row = tuple[float, int, float]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the model of a step is."""
+
+    name: str
+    quantised: bool = True
+    compiled: bool = False  # the arithmetic of the quantizers, as with model.compile
+    blocks: bool = False  # every block as a whole, by torch.compile
+    regularized: bool = False
+
+
+VARIANTS = (
+    Variant("float", quantised=False),
+    Variant("quantised"),
+    Variant("quantised, regularizer", regularized=True),
+    Variant("compiled", compiled=True),
+    Variant("compiled, regularizer", compiled=True, regularized=True),
+)
+BLOCKS = (Variant("float, blocks", quantised=False, blocks=True), Variant("quantised, blocks", blocks=True))
 
 
 @dataclass(frozen=True)
 class Result:
-    """Both variants in one setting: medians in seconds, memory in bytes."""
+    """One variant in one setting: median in seconds, memory in bytes, and what the first steps took (compilation)."""
 
     device: str
     dtype: str
-    float_seconds: float
-    quantised_seconds: float
-    float_bytes: int
-    quantised_bytes: int
-
-    @property
-    def ratios(self) -> tuple[float, float]:
-        """Quantised over float: seconds, bytes."""
-        return self.quantised_seconds / self.float_seconds, self.quantised_bytes / self.float_bytes
+    variant: str
+    seconds: float
+    bytes: int
+    first_seconds: float
 
 
 class Step:
@@ -65,12 +84,16 @@ class Step:
         module: float, or quantised and not yet calibrated.
         batch: crops on the device.
         dtype: of autocast; float32 leaves it off.
+        variant: what is on.
     """
 
-    def __init__(self, module: QATModule, batch: Batch, dtype: torch.dtype) -> None:
+    def __init__(self, module: QATModule, batch: Batch, dtype: torch.dtype, variant: Variant) -> None:
         self.module, self.batch, self.dtype = module.to(batch.images.device), batch, dtype
         InitSteps()(self.module.model.eval(), [module.preprocessing.normalize(batch.images)])
         self.module.train()
+        for block in self.module.model.blocks if variant.blocks else ():
+            block.compile()
+        self.regularizer = BinRegularizer() if variant.regularized else None
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-5)
 
     def __call__(self) -> None:
@@ -83,7 +106,10 @@ class Step:
     def loss(self) -> Tensor:
         """The forward pass."""
         with torch.autocast(self.batch.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.module.loss(self.module(self.batch.images), self.batch)
+            loss = self.module.loss(self.module(self.batch.images), self.batch)
+            if self.regularizer is None:
+                return loss
+            return loss + self.regularizer.weight * self.regularizer(self.module.model)
 
     def seconds(self) -> float:
         """Wall-clock time of one step, the work on the device included."""
@@ -120,23 +146,24 @@ def peak_bytes(step: Step) -> int:
     return int(torch.cuda.max_memory_allocated())
 
 
-def measure(make: Callable[[bool], Step], repeats: int, where: tuple[str, str]) -> Result:
-    """Time both variants in turn; ``make(quantised)`` builds one. Memory of each is measured while it is alone."""
-    on_gpu = where[0] == "cuda"
-    used = []
-    for quantised in (False, True):
-        step = make(quantised)
+def measure(make: Callable[[Variant], Step], variants: Sequence[Variant], repeats: int, on_gpu: bool) -> list[Row]:
+    """Seconds, bytes and first seconds of each variant. Memory is measured while a variant is alone, times in turn."""
+    used, first = [], []
+    for variant in variants:
+        step = make(variant)
+        started = time.perf_counter()
         for _ in range(WARM_UP):
-            step()
+            step.seconds()
+        first.append(time.perf_counter() - started)
         used.append(peak_bytes(step) if on_gpu else saved_bytes(step))
         del step
-    steps = [make(False), make(True)]
+    steps = [make(variant) for variant in variants]
     for _ in range(WARM_UP):
         for step in steps:
             step()
     times = [[step.seconds() for step in steps] for _ in range(repeats)]
-    plain, quantised = (statistics.median(column) for column in zip(*times, strict=True))
-    return Result(*where, plain, quantised, *used)
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    return list(zip(medians, used, first, strict=True))
 
 
 def main() -> None:
@@ -145,10 +172,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     console, results = Console(), []
+    variants = [*VARIANTS, *(BLOCKS if options.blocks else ())]
     for device, dtype in settings():
         console.print(f"{device}, {dtype} ...", highlight=False)
-        make = maker(options, device, dtype)
-        results.append(measure(make, options.repeats, (device, str(dtype).removeprefix("torch."))))
+        rows = measure(maker(options, device, dtype), variants, options.repeats, device == "cuda")
+        name = str(dtype).removeprefix("torch.")
+        results += [Result(device, name, v.name, *row) for v, row in zip(variants, rows, strict=True)]
     console.print(table(results))
     about = {name: version(name) for name in ("torch", "timm")}
     about |= {"device": device_name(), "threads": torch.get_num_threads(), **vars(options)}
@@ -163,6 +192,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each variant (7)")
     parser.add_argument("--bits", type=int, default=4, help="width of weights and activations (4)")
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm model (deit_tiny_patch16_224)")
+    parser.add_argument("--blocks", action="store_true", help="also compile whole blocks, for comparison")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; PyTorch's choice when not given")
     return parser.parse_args()
 
@@ -173,18 +203,18 @@ def settings() -> list[tuple[str, torch.dtype]]:
     return [("cpu", torch.float32), *gpu]
 
 
-def maker(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Callable[[bool], Step]:
+def maker(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Callable[[Variant], Step]:
     """Builds a variant: same weights, same batch."""
 
-    def make(quantised: bool) -> Step:
+    def make(variant: Variant) -> Step:
         torch.manual_seed(0)
-        bits = {"recipe": "vvtq", "w_bits": options.bits, "a_bits": options.bits} if quantised else {}
-        module = QATModule(arch=options.model, checkpoint=None, **bits)
+        bits = {"recipe": "vvtq", "w_bits": options.bits, "a_bits": options.bits} if variant.quantised else {}
+        module = QATModule(arch=options.model, checkpoint=None, compile=variant.compiled, **bits)
         size, classes = module.preprocessing.size, module.card.num_classes
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (options.batch, 3, size, size), dtype=torch.uint8, generator=generator)
         labels = torch.randint(classes, (options.batch,), generator=generator)
-        return Step(module, Batch(images.to(device), labels.to(device), (), ()), dtype)
+        return Step(module, Batch(images.to(device), labels.to(device), (), ()), dtype, variant)
 
     return make
 
@@ -199,15 +229,14 @@ def device_name() -> str:
 
 
 def table(results: list[Result]) -> Table:
-    """One line per setting, for a terminal of 80 columns."""
+    """One line per variant, for a terminal of 80 columns."""
     made = Table(box=box.SIMPLE_HEAD, caption="memory: on a GPU the peak of a step, on a CPU what is kept for backward")
-    for name in ("device", "dtype", "float s", "quant s", "ratio", "float MB", "quant MB", "ratio"):
-        made.add_column(name, justify="left" if name in ("device", "dtype") else "right", no_wrap=True)
+    for name in ("device", "dtype", "step", "s", "ratio", "MB", "ratio"):
+        made.add_column(name, justify="left" if name in ("device", "dtype", "step") else "right", no_wrap=True)
     for r in results:
-        seconds, memory = (f"{ratio:.2f}" for ratio in r.ratios)
-        size = [f"{value / 1e6:.0f}" for value in (r.float_bytes, r.quantised_bytes)]
-        times = [f"{value:.4f}" for value in (r.float_seconds, r.quantised_seconds)]
-        made.add_row(r.device, r.dtype, *times, seconds, *size, memory)
+        base = next(b for b in results if (b.device, b.dtype) == (r.device, r.dtype))
+        ratios = [f"{r.seconds / base.seconds:.2f}", f"{r.bytes / base.bytes:.2f}"]
+        made.add_row(r.device, r.dtype, r.variant, f"{r.seconds:.4f}", ratios[0], f"{r.bytes / 1e6:.0f}", ratios[1])
     return made
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -15,6 +14,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from rich.logging import RichHandler
 
 from qat import checkpoint
@@ -31,7 +31,6 @@ from qat.trainer import Trainer
 
 DESCRIPTION = "Low-bit quantization of timm vision transformers. Start with: qat fit --config configs/deit_t_w4a4.yaml"
 log = logging.getLogger(__name__)
-RUN_FOLDER = "QAT_RUN_FOLDER"  # started processes inherit it, so all ranks of a run share one folder
 TRAINER_DEFAULTS = {
     "reload_dataloaders_every_n_epochs": 1,  # passes differ in crops per image
     "use_distributed_sampler": False,  # the data module spreads the images itself
@@ -73,7 +72,9 @@ class QatCLI(LightningCLI):
             default=None,
             help="Checkpoint that describes its own model; fit --ckpt last goes on in the newest run of NAME.",
         )
-        parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the config's when null.")
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Name of the run; the first config's when null."
+        )
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="Runs go to RUNS/NAME/DATE.")
         parser.add_argument(
             "--save_every", type=int, default=500, help="Optimizer steps of fit between two writes of last.ckpt."
@@ -90,6 +91,7 @@ class QatCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         model, data = config.model, config.data
         self.ckpt: Path | None = config.ckpt
+        self._folder: Path | None = None
         self.resumed = self.subcommand == "fit" and str(config.ckpt) == "last"
         if self.subcommand == "fit" and self.ckpt is not None and not config.config:
             raise QatError(
@@ -98,7 +100,9 @@ class QatCLI(LightningCLI):
         if self.resumed:
             self.ckpt = self._run_folder() / LAST
         if self.ckpt is not None:
-            card, _ = checkpoint.read(self.ckpt)
+            card, content = checkpoint.read(self.ckpt)
+            if self.subcommand == "fit" and "optimizer_states" not in content:
+                raise QatError(f"{self.ckpt} holds weights only, no state of a run: `qat fit` cannot go on from it")
             check_agreement(card, self.ckpt, self.given[str(self.subcommand)])
             stored = {"arch": card.arch, "model_args": card.model_args, "num_classes": card.num_classes}
             stored |= {"recipe": "float", "rules": card.rules, "w_bits": None, "a_bits": None}
@@ -192,12 +196,16 @@ class QatCLI(LightningCLI):
         return [*found, best, SaveLast(run, self.config[self.subcommand].save_every)]
 
     def _run_folder(self) -> Path:
-        config = self.config[self.subcommand]
-        if RUN_FOLDER not in os.environ:
+        """Where the run goes; of several processes only the first makes a new folder, and only it writes there."""
+        if self._folder is None:
+            config = self.config[self.subcommand]
             files = [str(path) for path in config.config or [] if path]
-            parent = config.runs / (config.name or (Path(files[-1]).stem if files else config.model.arch))
-            os.environ[RUN_FOLDER] = str(last_folder(parent) if self.resumed else fresh_folder(parent))
-        return Path(os.environ[RUN_FOLDER])
+            parent = config.runs / (config.name or (Path(files[0]).stem if files else config.model.arch))
+            if self.resumed:
+                self._folder = last_folder(parent)
+            else:
+                self._folder = fresh_folder(parent) if rank_zero_only.rank == 0 else parent
+        return self._folder
 
     def fit(self, **kwargs: Any) -> None:
         """Train, from a checkpoint if there is one; what has changed since then is said."""
@@ -227,8 +235,6 @@ class QatCLI(LightningCLI):
 def run(args: Sequence[str]) -> QatCLI:
     """Run a command and return what it built: ``model``, ``datamodule`` and ``trainer``; raises what went wrong."""
     set_parsing_settings(instantiate_subclass_spec_in_any=False)  # the specs of rules are ours to read
-    if "LOCAL_RANK" not in os.environ:
-        os.environ.pop(RUN_FOLDER, None)
     return QatCLI(
         QATModule,
         ImageNetDataModule,
@@ -259,8 +265,7 @@ def console() -> None:
 
 def _set_up_logging() -> None:
     handler: logging.Handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
-    first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0"
-    level = logging.INFO if first else logging.WARNING  # one log, whatever the number of processes
+    level = logging.INFO if rank_zero_only.rank == 0 else logging.WARNING  # one log, however many processes
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices that are not there, and advertisements

@@ -242,6 +242,10 @@ class TestPredict:
         assert {row["class_1"] for row in rows} <= {"ant", "bee", "cat"}
         assert all(float(row["prob_1"]) >= float(row["prob_2"]) >= float(row["prob_3"]) for row in rows)
 
+    def test_needs_no_data_but_its_images(self, ckpt: Path, images: Path, tmp_path: Path) -> None:
+        args = ["--data.images", str(images / "val"), "--output", str(tmp_path / "out.csv"), "--data.workers", "0"]
+        assert main(["predict", "--ckpt", str(ckpt), *args]) == 0
+
     def test_needs_a_place_to_write(self, ckpt: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "--output" in fails(capsys, "predict", "--ckpt", ckpt, "--data.images", images)
         assert "/nowhere" in fails(

@@ -43,9 +43,23 @@ def test_the_commands_of_the_readme_parse(command: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_can_be_described(config: Path) -> None:
+    added = config.parent.name == "add"
+    args = (
+        ["--config", str(ROOT / "configs/deit_t_w4a4.yaml"), "--config", str(config)]
+        if added
+        else ["--config", str(config)]
+    )
     text = config.read_text()
     by_flags = "recipe: vvtq" in text and "  w_bits:" not in text
-    assert main(["describe", "--config", str(config), *(BITS if by_flags else ())]) == 0
+    assert main(["describe", *args, *(BITS if by_flags else ())]) == 0
+
+
+def test_what_is_added_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [ROOT / "configs/deit_t_w4a4.yaml", *sorted((ROOT / "configs/add").glob("*.yaml"))]
+    with pytest.raises(SystemExit):
+        main(["fit", *(word for file in files for word in ("--config", str(file))), "--print_config"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("OscillationTracker", "EMAWeightAveraging", "BinRegularizer"))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

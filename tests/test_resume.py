@@ -32,6 +32,7 @@ save_every: 2
 trainer:
   accelerator: cpu
   devices: 1
+  max_steps: 24
   log_every_n_steps: 1
   accumulate_grad_batches: 2
   check_val_every_n_epoch: null
@@ -136,21 +137,26 @@ class StoppedError(Exception):
     """Stands for anything that ends a process."""
 
 
-@pytest.mark.parametrize("step", [3, 5, 9, 12, 13, 19])
-def test_a_run_goes_on_from_any_step(
-    step: int, config: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last checkpoint then is of step 2 or 8 (between batches, after a validation), of a pass, or between again."""
+def run_until(step: int, args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends in the middle of this step."""
 
     def stop(module: QATModule, *args: object) -> None:
         if module.global_step == step:
             raise StoppedError
 
-    args = ["fit", "--config", str(config), "--runs", str(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(QATModule, "on_before_zero_grad", stop)
         with pytest.raises(StoppedError):
             run(args)
+
+
+@pytest.mark.parametrize("step", [3, 5, 9, 12, 13, 19])
+def test_a_run_goes_on_from_any_step(
+    step: int, config: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint then is of step 2 or 8 (between batches, after a validation), of a pass, or between again."""
+    args = ["fit", "--config", str(config), "--runs", str(tmp_path)]
+    run_until(step, args, monkeypatch)
     cli = run([*args, "--ckpt", "last"])
     assert_same_run(Path(cli.trainer.default_root_dir), whole)
 
@@ -161,7 +167,7 @@ class TestOtherSettings:
     ) -> None:
         args = ["fit", "--config", str(config), "--runs", str(tmp_path), "--ckpt", str(whole / "last.ckpt")]
         with caplog.at_level("INFO"):
-            cli = run([*args, "--data.crop_epochs", "12", "--model.lr", "1e-3"])
+            cli = run([*args, "--data.crop_epochs", "12", "--model.lr", "1e-3", "--trainer.max_steps", "-1"])
         assert cli.trainer.global_step == 36
         assert "model.lr 0.003 -> 0.001" in caplog.text
         assert "data.crop_epochs 8 -> 12" in caplog.text
@@ -178,12 +184,12 @@ class TestOtherSettings:
         assert "other than in the checkpoint" not in caplog.text
 
     def test_another_batch_in_the_middle_of_a_pass_is_refused(
-        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         args = ["fit", "--config", str(config), "--runs", str(tmp_path)]
-        assert main([*args, "--trainer.max_steps", "8"]) == 0  # in the second pass
+        run_until(9, args, monkeypatch)  # in the second pass
         assert main([*args, "--ckpt", "last", "--data.batch_size", "8"]) == 2
-        assert "data.batch_size is 8" in capsys.readouterr().err
+        assert "batch_size is 8" in capsys.readouterr().err
 
     def test_nothing_to_go_on_from(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["fit", "--config", str(config), "--runs", str(tmp_path), "--ckpt", "last"]) == 2

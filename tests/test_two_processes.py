@@ -18,10 +18,20 @@ from tests.conftest import write_images
 ROOT = Path(__file__).parents[1]
 
 
-def in_two(*args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def in_two(*args: object, start: tuple[str, ...] = (), timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`qat` in two processes; a hang ends in TimeoutExpired."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "qat", *map(str, args), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    words = [
+        sys.executable,
+        *start,
+        "-m",
+        "qat",
+        *map(str, args),
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+    ]
     return subprocess.run(
         words, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
     )
@@ -55,10 +65,25 @@ def two(config: Path, odd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 REGULARIZED = (
     "--model.regularizers+", "BinRegularizer", "--model.regularizers.start", "0.1",
     "--trainer.callbacks+", "OscillationTracker", "--trainer.max_steps", "6",
 )  # fmt: skip
+
+
+def test_started_by_torchrun_there_is_one_folder_too(config: Path, two: Path, odd: Path, tmp_path: Path) -> None:
+    args = ("fit", "--config", config, "--data.root", odd, "--runs", tmp_path, "--data.batch_size", "4", *REGULARIZED)
+    done = in_two(*args, start=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("*/*")
+    assert {path.name for path in folder.iterdir()} == {path.name for path in two.iterdir()}
+    assert losses(folder) == losses(two)
+    done = in_two(*args, "--ckpt", "last", "--trainer.max_steps", "8", start=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "config_2.yaml").is_file()
+    assert len(losses(folder)) == 8
+    assert len(list(tmp_path.glob("*/*"))) == 1
 
 
 def losses(folder: Path) -> list[float]:
@@ -80,7 +105,8 @@ def test_two_processes_train_what_one_trains(one: QatCLI, two: Path) -> None:
 
 def test_validation_counts_every_image_once(one: QatCLI, two: Path, odd: Path, tmp_path: Path) -> None:
     args = ("--ckpt", two / "last.ckpt", "--data.root", odd, "--data.workers", "0", "--data.val_batch_size", "2")
-    done = in_two("validate", *args, "--trainer.accelerator", "cpu", "--results_file", tmp_path / "two.json")
+    options = ("--trainer.accelerator", "cpu", "--results_file", tmp_path / "two.json")
+    done = in_two("validate", *args, *options, start=TORCHRUN)
     assert done.returncode == 0, done.stderr
     run(["validate", *map(str, args), "--trainer.accelerator", "cpu", "--results_file", str(tmp_path / "one.json")])
     ours, theirs = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))

@@ -31,6 +31,10 @@ class SaveLast(Checkpoint):
         self.path, self.every = folder / LAST, every
         self._saved, self._between = 0, False
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let a run with ``max_steps`` resume like any other: Lightning 2.6 would count its last whole pass twice."""
+        setattr(trainer.fit_loop, "_iteration_based_training", lambda: False)  # noqa: B010
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What was resumed is saved already."""
         self._saved = trainer.global_step

@@ -134,6 +134,125 @@ class ImageNetDataModule(L.LightningDataModule):
         view = CropView(self.law, size, resample_of(self.train_interpolation), crops, self.seed, epoch)
         images = self._split("train", view, TRIES[self.on_bad_image])
         order = shuffled(len(images), self.seed, epoch, *self._rank())
+        return self._loader(images, batch_sampler=Batches(order, self.batch_size // crops, self._done(epoch)))
+
+    def _done(self, epoch: int) -> int:
+        """Batches of this pass that a resumed run has behind it; QatError when they were of another size."""
+        if epoch != self._resumed["epoch"] or not self._resumed["batches"]:
+            return 0
+        for name, now in (("batch_size", self.batch_size), ("processes", self._rank()[1])):
+            if self._resumed[name] != now:
+                raise QatError(
+                    f"data: {name} is {now}, but the checkpoint was taken in the middle of a pass with "
+                    f"{self._resumed[name]}: go on with that, or from a checkpoint of the end of a pass"
+                )
+        return self._resumed["batches"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class ImageNetDataModule(L.LightningDataModule):
+    """Training crops, evaluation views and calibration images of a folder tree; raises QatError for bad settings.
+
+    Args:
+        root: folder that holds train/<class>/* and val/<class>/*.
+        images: folder of images to predict, searched recursively; root/val when not given.
+        batch_size: crops per process and training step; a multiple of crops_per_image.
+        val_batch_size: images per process and step in validation and prediction; batch_size when not given.
+        crops_per_image: random crops made of each image every time it is decoded.
+        crop_epochs: length of training, as the number of crops every image gives in all.
+        crop_scale: lowest and highest area of a training crop, as a part of the image.
+        crop_ratio: lowest and highest width / height of a training crop.
+        flip: probability that a training crop is mirrored left to right.
+        train_interpolation: how training crops are resized: nearest, bilinear or bicubic.
+        preprocessing: fields of the model's preprocessing (size, resize, interpolation, mean, std).
+        workers: processes that decode images, per training process; as many as cores, at most 8, when not given.
+        on_bad_image: what an unreadable image does: stop the run, or be skipped with a warning.
+        seed: fixes the order of images and the crops; seed_everything, or 0, when not given.
+    """
+
+    def __init__(
+        self,
+        root: Path | None = None,
+        images: Path | None = None,
+        batch_size: int = 256,
+        val_batch_size: int | None = None,
+        crops_per_image: int = 1,
+        crop_epochs: int = 300,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333),
+        flip: float = 0.5,
+        train_interpolation: str = "bilinear",
+        preprocessing: dict[str, Any] | None = None,
+        workers: int | None = None,
+        on_bad_image: Literal["error", "skip"] = "error",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root) if root is not None else None
+        self.images = Path(images) if images is not None else None
+        self.batch_size = _at_least("batch_size", batch_size, 1)
+        self.val_batch_size = _at_least("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1)
+        self.crops_per_image = _at_least("crops_per_image", crops_per_image, 1)
+        self.crop_epochs = _at_least("crop_epochs", crop_epochs, 1)
+        self.workers = _at_least("workers", min(_cores(), 8) if workers is None else workers, 0)
+        self.seed = _at_least("seed", 0 if seed is None else seed, 0)
+        self.law = CropLaw(crop_scale, crop_ratio, flip)
+        self.train_interpolation = _one_of("train_interpolation", train_interpolation, INTERPOLATIONS)
+        self.on_bad_image = _one_of("on_bad_image", on_bad_image, tuple(TRIES))
+        self.preprocessing = preprocessing
+        self.bad_images: Counter[str] = Counter()  # "path: reason" -> how often it was met
+        self._epoch, self._resumed = 0, {"epoch": 0, "batches": 0}
+        if batch_size % crops_per_image:
+            raise QatError(f"data.batch_size {batch_size} is not a multiple of crops_per_image {crops_per_image}")
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in label order; QatError if root is not set or its folders do not match."""
+        root = self._root()
+        return class_names_of(root) if (root / "train").is_dir() else class_names(root / "val")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: 1,000 for ImageNet even when only some of its folders exist."""
+        return len(self.classes)
+
+    @property
+    def passes(self) -> list[int]:
+        """Crops per image in each pass over the images; its length is the number of Trainer epochs."""
+        return crop_passes(self.crop_epochs, self.crops_per_image)
+
+    def batches_per_pass(self, world_size: int = 1, epochs: int | None = None) -> list[int]:
+        """Training steps, on each of ``world_size`` processes, of the first ``epochs`` passes (of all when None)."""
+        passes = self.passes if epochs is None else [self._crops(epoch) for epoch in range(epochs)]
+        return batches_per_pass(len(find_images(self._root() / "train")), self.batch_size, passes, world_size)
+
+    def setup(self, stage: str) -> None:
+        """Lists the folders that the stage reads, and checks them and the preprocessing: QatError if unusable."""
+        self._preprocessing()
+        if stage == "predict":
+            find_loose_images(self._prediction_folder())
+            return
+        if stage == "fit":
+            find_images(self._root() / "train")
+        find_images(self._root() / "val")
+        log.info("%d classes in %s", self.num_classes, self.root)
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """The pass ``trainer.current_epoch``; past the last pass, more of crops_per_image each."""
+        if getattr(self.trainer, "reload_dataloaders_every_n_epochs", 1) != 1:
+            raise QatError("trainer.reload_dataloaders_every_n_epochs must be 1: each pass has a loader of its own")
+        self._epoch = epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        crops = self._crops(epoch)
+        size = self._preprocessing().size
+        view = CropView(self.law, size, resample_of(self.train_interpolation), crops, self.seed, epoch)
+        images = self._split("train", view, TRIES[self.on_bad_image])
+        order = shuffled(len(images), self.seed, epoch, *self._rank())
         done = self._resumed["batches"] if epoch == self._resumed["epoch"] else 0
         return self._loader(images, batch_sampler=Batches(order, self.batch_size // crops, done))
 
@@ -142,21 +261,10 @@ class ImageNetDataModule(L.LightningDataModule):
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
         done = progress["processed"]  # "completed" lags when saved in a callback
-        return {"epoch": self._epoch, "batches": done, "batch_size": self.batch_size, "ranks": self._rank()[1]}
+        return {"epoch": self._epoch, "batches": done, "batch_size": self.batch_size, "processes": self._rank()[1]}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Makes the next loader of that pass leave out the batches that are done.
-
-        QatError when the checkpoint was taken in the middle of a pass whose batches were others.
-        """
-        passes = self.batches_per_pass(state_dict["ranks"], state_dict["epoch"] + 1)
-        if 0 < state_dict["batches"] < passes[-1]:
-            for name, now in (("batch_size", self.batch_size), ("ranks", self._rank()[1])):
-                if state_dict[name] != now:
-                    raise QatError(
-                        f"data.{name} is {now}, but the checkpoint was taken in the middle of a pass with "
-                        f"{state_dict[name]}: go on with that, or from a checkpoint of the end of a pass"
-                    )
+        """Makes the next loader of that pass leave out the batches that are done."""
         self._resumed = state_dict
 
     def teardown(self, stage: str) -> None:
