@@ -160,7 +160,9 @@ class ImageNetDataModule(L.LightningDataModule):
         self._resumed = state_dict
 
     def teardown(self, stage: str) -> None:
-        """Forgets what was resumed: the next run starts its passes at the beginning."""
+        """Sums up the images that were skipped; forgets what was resumed: the next run starts its passes anew."""
+        if self.bad_images:
+            log.warning("%d unreadable images, skipped %d times", len(self.bad_images), self.bad_images.total())
         self._resumed = {"epoch": 0, "batches": 0}
 
     def val_dataloader(self) -> DataLoader[Sample]:
