@@ -8,11 +8,9 @@ labels, backward, AdamW, `project_`. The float step is the same with timm's own 
 variants run in turn, in one process, on one batch; the median of their times is reported. The ratio is the figure of
 merit: a time depends on the machine and its load, a ratio within one run far less.
 
-Memory on a GPU is the peak that the allocator reports during one step, everything included. A CPU has no such number:
-the peak of the resident set is mostly libraries and what the allocator holds back. There, bytes are counted instead:
-the distinct storages that autograd keeps for backward, parameters left out. That is what grows with the batch and what
-quantisation changes; weights, gradients and optimizer state are the same for both. It leaves out tensors that live only
-inside an operator.
+Memory on a GPU is the peak that the allocator reports during one step, everything included. On a CPU it is what the
+forward pass allocates and does not free, as the profiler counts it: what is kept for backward. That is what grows with
+the batch and what quantisation changes; weights, gradients and optimizer state are the same for both.
 
 Shapes: B crops of S x S pixels, C classes.
 """
@@ -33,6 +31,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from qat.data.images import Batch
 from qat.insert import quantizers
@@ -122,20 +121,12 @@ class Step:
 
 
 def saved_bytes(step: Step) -> int:
-    """Bytes of the distinct storages, parameters left out, that autograd keeps between forward and backward."""
-    own = {p.untyped_storage().data_ptr() for p in step.module.parameters()}
-    seen: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()  # alive until backward, so no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step.loss().backward()
+    """Bytes that are allocated in the forward pass and not freed in it: what is kept for backward, and the loss."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = step.loss()
+    loss.backward()
     step.optimizer.zero_grad()
-    return sum(seen.values())
+    return sum(event.self_cpu_memory_usage for event in profiler.key_averages())
 
 
 def peak_bytes(step: Step) -> int:

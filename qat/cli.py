@@ -252,10 +252,24 @@ def main(args: Sequence[str] | None = None) -> int:
     _set_up_logging()
     try:
         run(sys.argv[1:] if args is None else args)
-    except (QatError, ArgumentError, MisconfigurationException) as error:
-        print(f"qat: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (QatError, ArgumentError, MisconfigurationException, ValueError) as error:
+        if (bad := _bad_input(error)) is None:
+            raise
+        print(f"qat: error: {' '.join(str(bad).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _bad_input(error: BaseException) -> BaseException | None:
+    """The error itself, or the one of a class that jsonargparse could not build; None for a defect of the program."""
+    if not isinstance(error, ValueError) or isinstance(error, QatError):
+        return error
+    if not str(error).startswith("Does not validate"):
+        return None
+    cause: BaseException = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+    return cause
 
 
 def console() -> None:

@@ -119,6 +119,8 @@ class QATModule(L.LightningModule):
             arch, checkpoint, num_classes, {**(model_args or {}), "drop_path_rate": drop_path}, fresh_head
         )
         self.model = quantize(model, table) if table else model
+        if compile and not table:
+            raise QatError("model.compile compiles the quantizers, and the recipe has none: leave it out")
         for _, quantizer in quantizers(self.model) if compile else ():
             quantizer.compile_()
         self.regularizers = regularizers or []

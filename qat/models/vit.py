@@ -103,8 +103,9 @@ class QuantAttention(nn.Module):
         return product(self._mix, (self.probs_quant, scores.softmax(-1)), (self.v_quant, v))
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        scaled: Tensor = q * self.scale
-        return scaled @ k.transpose(-2, -1)
+        """Scale inside the product: q * scale would be one more tensor to keep for backward."""
+        flat, zero = (q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)), q.new_zeros(())
+        return torch.baddbmm(zero, *flat, beta=0, alpha=self.scale).unflatten(0, q.shape[:2])
 
     def _mix(self, probs: Tensor, v: Tensor) -> Tensor:
         dropped: Tensor = self.attn_drop(probs)

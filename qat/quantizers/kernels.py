@@ -76,7 +76,7 @@ def compiled() -> Kernels:
         if x.is_contiguous():
             grad = grad.contiguous()
         plain = _plain(x, step, offset)
-        d_x, d_step, d_offset = fast_gradients(*plain, grad.view(plain[0].shape), qmin, qmax)
+        d_x, d_step, d_offset = fast_gradients(*plain, grad.view(plain[0].shape).data, qmin, qmax)
         if offset is not None and d_offset is not None:
             d_offset = d_offset.view(offset.shape)
         return d_x.view(x.shape), d_step.view(step.shape), d_offset
@@ -91,8 +91,7 @@ def compiled() -> Kernels:
 
 
 def _plain(x: Tensor, step: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Detached, and in one dimension where one step and dense memory allow it."""
-    x, step, offset = x.detach(), step.detach(), None if offset is None else offset.detach()
+    """In one dimension where one step and dense memory allow it; ``data``, because it is no view of anything."""
     if step.numel() > 1 or not x.is_contiguous():
-        return x, step, offset
-    return x.view(-1), step.view(1), None if offset is None else offset.view(1)
+        return x.data, step.data, None if offset is None else offset.data
+    return x.view(-1).data, step.view(1).data, None if offset is None else offset.view(1).data
