@@ -10,23 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 from rich.logging import RichHandler
 
 from qat import checkpoint
 from qat.agreement import changes, check_agreement, run_options
 from qat.callbacks import Calibrate, ConsoleLog, GradientRatio, RecordSites, SaveLast
 from qat.data import ImageNetDataModule
-from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
+from qat.data.check import check_data
 from qat.errors import QatError
 from qat.models import default_preprocessing
 from qat.module import QATModule
 from qat.recipe import build_recipe
-from qat.runs import LAST, AtomicCheckpoints, MetricsFile, config_name, fresh_folder, last_folder
+from qat.runs import LAST, AtomicCheckpoints, MetricsFile, config_name, first_process, fresh_folder, last_folder
 from qat.trainer import Trainer
 
 DESCRIPTION = "Low-bit quantization of timm vision transformers. Start with: qat fit --config configs/deit_t_w4a4.yaml"
@@ -119,41 +118,12 @@ class QatCLI(LightningCLI):
         for part in (data, model):
             part.seed = config.seed_everything if part.seed is None else part.seed
         calibrated_only = bool(table) and self.ckpt is None
-        self._check_data(model, data, needs_train=self.subcommand == "fit" or calibrated_only)
+        if self.subcommand != "describe":
+            check_data(str(self.subcommand), model, data, self.ckpt, calibrated_only)
         if self.subcommand != "fit":
             model.teacher = None
         if self.subcommand == "describe":
             model.checkpoint = None
-
-    def _check_data(self, model: Namespace, data: Namespace, needs_train: bool) -> None:
-        """Look at the folders; the number of classes follows them."""
-        if self.subcommand == "describe":
-            return
-        if self.subcommand == "predict" and data.images is not None:
-            find_loose_images(Path(data.images))
-            if needs_train and data.root is None:
-                raise QatError("data.root is not set: a model without --ckpt is calibrated on root/train")
-        elif data.root is None:
-            raise QatError("data.root is not set: give the folder with train/<class>/*.JPEG and val/<class>/*.JPEG")
-        if data.root is None:
-            return
-        root = Path(data.root)
-        for split in ("train", "val") if self.subcommand == "fit" else ("train",) if needs_train else ():
-            find_images(root / split)
-        if self.subcommand in ("validate", "predict") and data.images is None:
-            find_images(root / "val")
-        classes = class_names_of(root) if (root / "train").is_dir() else class_names(root / "val")
-        if self.ckpt is not None and model.classes and classes != model.classes:
-            other = next((c for c in classes if c not in model.classes), classes[0])
-            raise QatError(
-                f"data.root {root} has {len(classes)} classes, the checkpoint {len(model.classes)} others: "
-                f"class {other!r} differs"
-            )
-        if model.num_classes not in (None, len(classes)):
-            raise QatError(f"model.num_classes is {model.num_classes}, but {root} has {len(classes)} classes")
-        if len(classes) < 2:
-            raise QatError(f"data.root {root} has one class folder, {classes[0]!r}: a classifier needs at least two")
-        model.num_classes, model.classes = len(classes), classes
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add the callbacks and the run folder of a training run."""
@@ -204,7 +174,7 @@ class QatCLI(LightningCLI):
             if self.resumed:
                 self._folder = last_folder(parent)
             else:
-                self._folder = fresh_folder(parent) if rank_zero_only.rank == 0 else parent
+                self._folder = fresh_folder(parent) if first_process() else parent
         return self._folder
 
     def fit(self, **kwargs: Any) -> None:
@@ -279,7 +249,7 @@ def console() -> None:
 
 def _set_up_logging() -> None:
     handler: logging.Handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
-    level = logging.INFO if rank_zero_only.rank == 0 else logging.WARNING  # one log, however many processes
+    level = logging.INFO if first_process() else logging.WARNING  # one log, however many processes
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices that are not there, and advertisements

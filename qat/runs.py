@@ -19,6 +19,11 @@ from qat.errors import QatError
 LAST = "last.ckpt"
 
 
+def first_process() -> bool:
+    """Whether this is the only process, or the first of several: the one that writes."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+
 def fresh_folder(parent: Path) -> Path:
     """A new folder named by date and time; runs that start in the same second get a number."""
     date = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

@@ -105,7 +105,8 @@ class QuantAttention(nn.Module):
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Scale inside the product: q * scale would be one more tensor to keep for backward."""
         flat, zero = (q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)), q.new_zeros(())
-        return torch.baddbmm(zero, *flat, beta=0, alpha=self.scale).unflatten(0, q.shape[:2])
+        scores: Tensor = torch.baddbmm(zero, *flat, beta=0, alpha=self.scale).unflatten(0, q.shape[:2])
+        return scores
 
     def _mix(self, probs: Tensor, v: Tensor) -> Tensor:
         dropped: Tensor = self.attn_drop(probs)

@@ -1,0 +1,46 @@
+"""The folders of a command, looked at before a model is built or downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
+from qat.errors import QatError
+
+
+def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: bool) -> None:
+    """Raise QatError for folders that ``verb`` cannot use; set ``num_classes`` and ``classes`` of ``model``.
+
+    Args:
+        verb: fit, validate or predict.
+        model: options of the module: num_classes, classes.
+        data: options of the data module: root, images.
+        ckpt: checkpoint that the model comes from.
+        calibrates: training images are needed to calibrate, although nothing is trained.
+    """
+    if verb == "predict" and data.images is not None:
+        find_loose_images(Path(data.images))
+        if calibrates and data.root is None:
+            raise QatError("data.root is not set: a model without --ckpt is calibrated on root/train")
+    elif data.root is None:
+        raise QatError("data.root is not set: give the folder with train/<class>/*.JPEG and val/<class>/*.JPEG")
+    if data.root is None:
+        return
+    root = Path(data.root)
+    for split in ("train", "val") if verb == "fit" else ("train",) if calibrates else ():
+        find_images(root / split)
+    if verb in ("validate", "predict") and data.images is None:
+        find_images(root / "val")
+    classes = class_names_of(root) if (root / "train").is_dir() else class_names(root / "val")
+    if ckpt is not None and model.classes and classes != model.classes:
+        other = next((c for c in classes if c not in model.classes), classes[0])
+        raise QatError(
+            f"data.root {root} has {len(classes)} classes, the checkpoint {len(model.classes)} others: "
+            f"class {other!r} differs"
+        )
+    if model.num_classes not in (None, len(classes)):
+        raise QatError(f"model.num_classes is {model.num_classes}, but {root} has {len(classes)} classes")
+    if len(classes) < 2:
+        raise QatError(f"data.root {root} has one class folder, {classes[0]!r}: a classifier needs at least two")
+    model.num_classes, model.classes = len(classes), classes
