@@ -157,7 +157,7 @@ def main() -> None:
         weights = pool.submit(float_weights, options.out).result()
         runs = [pool.submit(train, options.out, arm, seed, weights) for seed in range(options.seeds) for arm in ARMS]
         results = [run.result() for run in runs]
-    Console().print(table(results))
+    Console(width=120).print(table(results))  # also where the output goes to a file
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ Gradients = Callable[[Tensor, Tensor, Tensor | None, Tensor, int, int], tuple[Te
 def scaled(x: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
     """A new tensor (x - offset) / step, dense in the order of its shape: a product would copy it otherwise."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if torch.compiler.is_compiling():  # the compiler fuses the copy, and loses the layout of an `out`
+        x = x.contiguous()
+        return x / step if offset is None else (x - offset) / step
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return torch.div(x, step, out=out) if offset is None else torch.sub(x, offset, out=out).div_(step)
 

@@ -179,6 +179,18 @@ def test_a_block_is_one_graph(name):
     assert explained.graph_count == 1
 
 
+@pytest.mark.parametrize("name", ["deit", "inner_norms", "layer_scale"])
+def test_a_block_traced_with_its_backward_gives_the_same_gradients(name):
+    torch._dynamo.reset()
+    block, grads = calibrated(name).blocks[0], []
+    for forward in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        block.zero_grad()
+        x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        forward(x).square().sum().backward()
+        grads.append([x.grad, *(p.grad.clone() for p in block.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads, strict=True))  # sums in another order
+
+
 @every_model
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_flag_is_kept(name, training):
