@@ -10,8 +10,9 @@ from qat.checkpoint import Card
 from qat.errors import QatError
 from qat.recipe import Rule, read_rules
 
-TRAINER_KEYS = ("accumulate_grad_batches", "devices", "gradient_clip_val", "max_epochs", "max_steps", "num_nodes",
-                "precision", "strategy")  # fmt: skip
+TRAINER_KEYS = ("accumulate_grad_batches", "callbacks", "check_val_every_n_epoch", "devices", "gradient_clip_val",
+                "limit_train_batches", "max_epochs", "max_steps", "num_nodes", "precision", "strategy",
+                "val_check_interval")  # fmt: skip
 HERE = ("root", "images", "workers", "val_batch_size", "checkpoint", "teacher_checkpoint", "classes", "fresh_head",
         "recipe", "rules", "w_bits", "a_bits")  # of this machine, or settled by the card of the checkpoint  # fmt: skip
 RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")
@@ -48,6 +49,8 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_text(item) for item in value)}]"
     return str(value.as_dict() if hasattr(value, "as_dict") else value)
 
 

@@ -22,10 +22,11 @@ from qat.callbacks import Calibrate, ConsoleLog, GradientRatio, RecordSites, Sav
 from qat.data import ImageNetDataModule
 from qat.data.check import check_data
 from qat.errors import QatError
+from qat.metrics import MetricsFile
 from qat.models import default_preprocessing
 from qat.module import QATModule
 from qat.recipe import build_recipe
-from qat.runs import LAST, AtomicCheckpoints, MetricsFile, config_name, first_process, fresh_folder, last_folder
+from qat.runs import LAST, AtomicCheckpoints, config_name, first_process, fresh_folder, last_folder
 from qat.trainer import Trainer
 
 DESCRIPTION = "Low-bit quantization of timm vision transformers. Start with: qat fit --config configs/deit_t_w4a4.yaml"
@@ -41,9 +42,9 @@ NOISE = (
     ".*does not have many workers.*",  # the choice of data.workers
     ".*isinstance\\(treespec, LeafSpec\\).*",  # lightning 2.6 under torch 2.15
     "Checkpoint directory .* exists and is not empty",  # config.yaml lies there before the first checkpoint
-    ".*callbacks used to create the checkpoint.*",  # evaluation needs none of them
     ".*could not find the monitored key.*",  # training ended before the first validation
 )
+UNUSED = ".*callbacks used to create the checkpoint.*"  # evaluation needs none of them
 
 
 class QatCLI(LightningCLI):
@@ -180,19 +181,25 @@ class QatCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train, from a checkpoint if there is one; what has changed since then is said."""
         self.model.options = run_options(self.config[self.subcommand])
+        step = -1
         if self.ckpt is not None:
-            _, content = checkpoint.read(self.ckpt)
-            log.info("going on from %s at step %d", self.ckpt, content["global_step"])
+            content = checkpoint.read(self.ckpt)[1]
+            step = content["global_step"]
+            log.info("going on from %s at step %d", self.ckpt, step)
             for change in changes(content[checkpoint.KEY].get("options", {}), self.model.options):
                 log.info("other than in the checkpoint: %s", change)
         self.trainer.fit(ckpt_path=self.ckpt, **kwargs)
+        if self.trainer.global_step == step:
+            log.warning("nothing was left to train; a longer run has more data.crop_epochs or trainer.max_steps")
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate, a checkpoint if there is one."""
+        warnings.filterwarnings("ignore", message=UNUSED)
         self.trainer.validate(ckpt_path=self.ckpt, **kwargs)
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, with a checkpoint if there is one."""
+        warnings.filterwarnings("ignore", message=UNUSED)
         self.trainer.predict(ckpt_path=self.ckpt, **kwargs)
 
     def describe(self, model: QATModule, datamodule: Any = None, **kwargs: Any) -> None:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,13 +25,15 @@ from qat.data.images import Batch
 from qat.errors import QatError
 from qat.finite import FiniteCheck
 from qat.insert import quantize, quantizers, raise_for_uncalibrated
+from qat.length import total_steps
 from qat.losses import soft_cross_entropy, sparse_soft_cross_entropy
 from qat.models import build_float, default_preprocessing, param_groups, regroup
-from qat.progress import total_steps
 from qat.recipe import build_recipe
-from qat.regularizers import Regularizer
+from qat.regularizers import Regularizer, named
 from qat.schedules import cosine_with_warmup
 from qat.teacher import build_teacher
+
+AVERAGED = "current_model_state"  # where a weight average puts the weights that training goes on from
 
 
 class Prediction(NamedTuple):
@@ -123,8 +127,8 @@ class QATModule(L.LightningModule):
             raise QatError("model.compile compiles the quantizers, and the recipe has none: leave it out")
         for _, quantizer in quantizers(self.model) if compile else ():
             quantizer.compile_()
-        self.regularizers = regularizers or []
-        for regularizer in self.regularizers:
+        self.regularizers = named(regularizers or [])
+        for regularizer in self.regularizers.values():
             regularizer.choose(self.model)  # QatError, before training, when it matches nothing
         outputs = int(model.num_classes)  # type: ignore[arg-type]
         rules_out = [rule.to_dict() for rule in table]
@@ -156,9 +160,9 @@ class QATModule(L.LightningModule):
 
     def penalties(self) -> Iterator[tuple[str, Tensor]]:
         """Name and weighted loss of every regularizer whose weight is above zero by now; others are not computed."""
-        for regularizer in self.regularizers:
+        for name, regularizer in self.regularizers.items():
             if weight := regularizer.weight_at(self.progress):
-                yield regularizer.name, weight * regularizer(self.model)
+                yield name, weight * regularizer(self.model)
 
     @property
     def progress(self) -> float:
@@ -251,6 +255,12 @@ class QATModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """QatError when the checkpoint describes another model."""
+        averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.trainer.state.fn == TrainerFn.FITTING and AVERAGED in checkpoint and not averaging:
+            raise QatError(
+                "the checkpoint is of a run with a weight average, which goes on from other weights than these: "
+                "add the callback again (--config configs/add/average.yaml)"
+            )
         if KEY not in checkpoint:
             raise QatError("the checkpoint was not written by `qat fit`: it does not describe its model")
         theirs, ours = Card.from_dict(checkpoint[KEY], "the checkpoint"), self.card

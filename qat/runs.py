@@ -1,17 +1,14 @@
-"""The folder of a run, RUNS/NAME/DATE: where it is, its metrics and checkpoints, which survive a killed process."""
+"""The folder of a run, RUNS/NAME/DATE, and checkpoints in it that survive a killed process."""
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qat.errors import QatError
@@ -39,11 +36,16 @@ def fresh_folder(parent: Path) -> Path:
 
 
 def last_folder(parent: Path) -> Path:
-    """The newest folder below ``parent`` that has a last.ckpt; QatError if there is none."""
-    found = sorted(path.parent for path in parent.glob(f"*/{LAST}"))
-    if not found:
-        raise QatError(f"--ckpt last: no {parent}/DATE/{LAST} to go on from; leave --ckpt out to start")
-    return found[-1]
+    """The newest run folder below ``parent``; QatError if there is none, or if it has no last.ckpt to go on from."""
+    folders = sorted(path for path in parent.glob("*") if path.is_dir())
+    if not folders:
+        raise QatError(f"--ckpt last: no run in {parent} to go on with; leave --ckpt out to start")
+    if not (folders[-1] / LAST).is_file():
+        raise QatError(
+            f"--ckpt last: the newest run, {folders[-1]}, ended before its first {LAST}; leave --ckpt out to start "
+            "again, or give the checkpoint of an older run as --ckpt FILE"
+        )
+    return folders[-1]
 
 
 def config_name(folder: Path) -> str:
@@ -65,86 +67,3 @@ class AtomicCheckpoints(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         part.replace(target)
-
-
-class MetricsFile(Logger):
-    """metrics.csv: one line per entry, a column per metric; a resumed run goes on where its checkpoint was taken.
-
-    Args:
-        folder: of the run.
-        flush_every: entries that are kept in memory before they are written.
-    """
-
-    def __init__(self, folder: Path, flush_every: int = 20) -> None:
-        super().__init__()
-        self.folder, self.path, self.flush_every = folder, folder / "metrics.csv", flush_every
-        self.rows = 0  # on disk
-        self._columns: list[str] = []
-        self._pending: list[dict[str, Any]] = []
-
-    @property
-    def name(self) -> str:
-        """Of the run."""
-        return self.folder.parent.name
-
-    @property
-    def version(self) -> str:
-        """The date of the run."""
-        return self.folder.name
-
-    @property
-    def save_dir(self) -> str:
-        """The folder of the run."""
-        return str(self.folder)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the config of the run lies beside."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add an entry."""
-        self._pending.append({**metrics, "step": step})
-        if len(self._pending) >= self.flush_every:
-            self.save()
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Write what is pending; a new column makes the file anew."""
-        if not self._pending:
-            return
-        new = sorted({name for entry in self._pending for name in entry} - set(self._columns))
-        if new or not self.rows:
-            self._columns = sorted([*self._columns, *new])
-            self._rewrite([*self._read(), *self._pending])
-        else:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns).writerows(self._pending)
-        self.rows += len(self._pending)
-        self._pending = []
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is pending."""
-        self.save()
-
-    @rank_zero_only
-    def keep(self, rows: int) -> None:
-        """Go on with the first ``rows`` entries of the file; what came after its checkpoint will come again."""
-        entries = self._read()[:rows]
-        self._columns, self.rows = list(entries[0]) if entries else [], len(entries)
-        self._rewrite(entries)
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    def _rewrite(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(entries)
-        part.replace(self.path)

@@ -18,7 +18,7 @@ LEVELS = [
     {"insert", "describe"},
     {"models"},
     {"ptq", "regularizers", "oscillation", "checkpoint", "teacher", "official"},
-    {"module", "data", "callbacks", "agreement", "progress", "runs"},
+    {"module", "data", "callbacks", "agreement", "length", "metrics", "runs"},
     {"trainer", "cli"},
     {"__main__"},
 ]
@@ -31,8 +31,9 @@ SIDEWAYS = {
     ("module", "data"),
     ("callbacks", "module"),
     ("callbacks", "data"),
+    ("callbacks", "metrics"),
     ("callbacks", "runs"),
-    ("module", "progress"),
+    ("module", "length"),
     ("cli", "trainer"),
 }
 HELPERS = {  # what the other files of a folder may import
@@ -45,7 +46,7 @@ HELPERS = {  # what the other files of a folder may import
 }
 KNOWS = {
     "timm": {"models", "data"},
-    "lightning": {"module", "callbacks", "data", "progress", "runs", "trainer", "cli"},
+    "lightning": {"module", "callbacks", "data", "length", "metrics", "runs", "trainer", "cli"},
     "jsonargparse": {"cli"},
     "h5py": {"data"},
 }

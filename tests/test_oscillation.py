@@ -68,3 +68,24 @@ def test_a_frozen_weight_stays_at_its_mean_code() -> None:
     assert held == round(float(state.mean))
     follow(state, [7, -8])
     assert int(state.codes) == held
+
+
+@pytest.mark.parametrize("momentum", [0.001, 0.01, 0.1])
+@pytest.mark.parametrize("period", [1, 2, 10])
+def test_a_long_run_agrees_with_the_exact_frequency(momentum: float, period: int) -> None:
+    """A weight that flips every ``period`` updates: its frequency tends to 1 / period."""
+    state, exact, code = start(momentum), 0.0, 0
+    for update in range(1, 6001):
+        flips = update % period == 0
+        code = 1 - code if flips else code
+        exact = momentum * (flips and update > period) + (1 - momentum) * exact
+        state.update(torch.tensor([code], dtype=torch.int8))
+    assert float(state.frequency) == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize(("first", "then"), [(5, 6), (-8, -7), (64, 65), (100, 103)])
+def test_the_mean_code_arrives(first: int, then: int) -> None:
+    state = start(0.001, first, Freezable)
+    follow(state, [then] * 12000)
+    state.freeze(-1.0)
+    assert int(state.codes) == then

@@ -182,6 +182,7 @@ class TestOtherSettings:
         with caplog.at_level("INFO"):
             run(args)
         assert "other than in the checkpoint" not in caplog.text
+        assert "nothing was left to train" in caplog.text
 
     def test_another_batch_in_the_middle_of_a_pass_is_refused(
         self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -191,9 +192,47 @@ class TestOtherSettings:
         assert main([*args, "--ckpt", "last", "--data.batch_size", "8"]) == 2
         assert "batch_size is 8" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(("option", "value"), [("--data.seed", "5"), ("--data.crops_per_image", "4")])
+    def test_another_order_in_the_middle_of_a_pass_is_refused(
+        self, option: str, value: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        args = ["fit", "--config", str(config), "--runs", str(tmp_path)]
+        run_until(9, args, monkeypatch)
+        assert main([*args, "--ckpt", "last", option, value]) == 2
+        assert "middle of a pass" in capsys.readouterr().err
+
+    def test_a_run_with_an_average_does_not_go_on_without(
+        self, config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        args = ["fit", "--config", str(config), "--runs", str(tmp_path), "--trainer.callbacks", "null"]
+        assert main([*args, "--ckpt", str(whole / "last.ckpt")]) == 2
+        assert "weight average" in capsys.readouterr().err
+
     def test_nothing_to_go_on_from(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["fit", "--config", str(config), "--runs", str(tmp_path), "--ckpt", "last"]) == 2
         assert "no " in capsys.readouterr().err
+
+
+def test_freezing_goes_on_to_the_bit(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    freezing = "[{class_path: IterativeFreezing, init_args: {freeze_above: 0.02, momentum: 0.1}}]"
+    args = ["fit", "--config", str(config), "--trainer.callbacks", freezing, "--model.step_lr", "1e-4"]
+    args += ["--data.workers", "1"]
+    cli = run([*args, "--runs", str(tmp_path / "whole")])
+    run_until(15, [*args, "--runs", str(tmp_path / "parts")], monkeypatch)
+    resumed = run([*args, "--runs", str(tmp_path / "parts"), "--ckpt", "last"])
+    folders = [Path(c.trainer.default_root_dir) for c in (resumed, cli)]
+    ours, theirs = (torch.load(folder / "last.ckpt", weights_only=True) for folder in folders)
+    for key in ("state_dict", "optimizer_states"):
+        assert_same(ours[key], theirs[key], key)
+    assert_same(ours["callbacks"]["IterativeFreezing"], theirs["callbacks"]["IterativeFreezing"])
+    assert any(bool(state["frozen"].any()) for state in ours["callbacks"]["IterativeFreezing"]["states"].values())
+
+
+def test_freezing_and_an_average_are_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["fit", "--config", str(config), "--runs", str(tmp_path), "--trainer.callbacks+", "IterativeFreezing"]
+    assert main(args) == 2
+    assert "do not go together" in capsys.readouterr().err
 
 
 def test_the_checkpoint_describes_the_average(config: Path, whole: Path, images: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qat.errors import QatError
-from qat.runs import AtomicCheckpoints, MetricsFile, config_name, last_folder
+from qat.metrics import MetricsFile
+from qat.runs import AtomicCheckpoints, config_name, last_folder
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -66,14 +67,16 @@ def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_the_newest_run_with_a_checkpoint_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(QatError, match=r"no .*last\.ckpt to go on from"):
+def test_the_newest_run_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(QatError, match="no run in"):
         last_folder(tmp_path)
-    for date in ("2026-01-01_00-00-00", "2026-02-01_00-00-00", "2026-03-01_00-00-00"):
+    for date in ("2026-01-01_00-00-00", "2026-02-01_00-00-00"):
         (tmp_path / date).mkdir()
-        if not date.startswith("2026-03"):
-            (tmp_path / date / "last.ckpt").touch()
+        (tmp_path / date / "last.ckpt").touch()
     assert last_folder(tmp_path).name == "2026-02-01_00-00-00"
+    (tmp_path / "2026-03-01_00-00-00").mkdir()
+    with pytest.raises(QatError, match=r"2026-03-01_00-00-00, ended before its first last\.ckpt"):
+        last_folder(tmp_path)
 
 
 def test_configs_are_numbered(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ class GradientRatio(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Split the gradients that the step is about to use."""
         assert isinstance(pl_module, QATModule)
-        step = trainer.global_step + 1
-        if step % self.every == 0 and (ratios := gradient_ratios(pl_module)):
+        step = trainer.global_step
+        if (step + 1) % self.every == 0 and (ratios := gradient_ratios(pl_module)):
             for logger in trainer.loggers:
                 logger.log_metrics({f"train/{name}_gradient_ratio": ratio for name, ratio in ratios.items()}, step)
 

@@ -9,7 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from qat.errors import QatError
-from qat.runs import LAST, MetricsFile
+from qat.metrics import MetricsFile
+from qat.runs import LAST
 
 ROWS = "qat_metrics_rows"
 
@@ -33,6 +34,8 @@ class SaveLast(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let a run with ``max_steps`` resume like any other: Lightning 2.6 would count its last whole pass twice."""
+        if not hasattr(trainer.fit_loop, "_iteration_based_training"):
+            raise RuntimeError("this version of lightning counts passes in another way; install lightning<2.7")
         setattr(trainer.fit_loop, "_iteration_based_training", lambda: False)  # noqa: B010
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,7 +52,8 @@ class SaveLast(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after a validation in the middle of a pass, so that a resumed run does not have to repeat it."""
-        if not trainer.is_last_batch:
+        gradients_pending = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches
+        if not trainer.is_last_batch and not gradients_pending:
             self._save_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

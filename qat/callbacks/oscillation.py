@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 
 from qat.errors import QatError
 from qat.insert import WeightSite, weight_sites
@@ -100,7 +101,7 @@ class OscillationTracker(L.Callback):
             self.look(trainer)
         if self._step % self.log_every == 0:
             for logger in trainer.loggers:
-                logger.log_metrics(self.metrics(), self._step)
+                logger.log_metrics(self.metrics(), self._step - 1)  # the step just done, as Lightning counts
 
     @torch.no_grad()
     def look(self, trainer: L.Trainer) -> None:
@@ -147,7 +148,7 @@ class OscillationTracker(L.Callback):
             writer.writerows(asdict(row) | settings for row in [*rows, *self.totals(rows)])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: 4 bytes per weight."""
+        """What a checkpoint keeps: 4 bytes per weight, 6 with a momentum below 0.005; freezing adds 5."""
         return {"updates": self.updates, "states": {name: s.state_dict() for name, s in self._states.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -159,8 +160,8 @@ class IterativeFreezing(OscillationTracker):
     """Freezes weights that oscillate too often at the code that they had on average (Nagel et al. 2022, section 4.3).
 
     A frozen latent weight is set to step * code after every optimiser step, so its code stays while the step goes on
-    learning, and a checkpoint needs this callback no more. With a weight average, the average of a frozen weight still
-    holds what came before.
+    learning, and a checkpoint needs this callback no more. A weight average is refused: in it a frozen weight would
+    still hold what came before.
 
     Args:
         freeze_above: frequency above which a weight is frozen, when training starts.
@@ -187,6 +188,11 @@ class IterativeFreezing(OscillationTracker):
         if not 2 <= max_bits <= CODE_BITS:
             raise QatError(f"IterativeFreezing: max_bits is {max_bits}: give 2 to {CODE_BITS}")
         self.first, self.last, self.max_bits = freeze_above, last, max_bits
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """QatError beside a weight average."""
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise QatError("IterativeFreezing and a weight average do not go together: leave one of the callbacks out")
 
     def choose(self, module: QATModule) -> list[WeightSite]:
         """The weights that are tracked and frozen."""

@@ -140,7 +140,7 @@ class ImageNetDataModule(L.LightningDataModule):
         """Batches of this pass that a resumed run has behind it; QatError when they were of another size."""
         if epoch != self._resumed["epoch"] or not self._resumed["batches"]:
             return 0
-        for name, now in (("batch_size", self.batch_size), ("processes", self._rank()[1])):
+        for name, now in self._order(epoch).items():
             if self._resumed[name] != now:
                 raise QatError(
                     f"data: {name} is {now}, but the checkpoint was taken in the middle of a pass with "
@@ -153,7 +153,13 @@ class ImageNetDataModule(L.LightningDataModule):
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
         done = progress["processed"]  # "completed" lags when saved in a callback
-        return {"epoch": self._epoch, "batches": done, "batch_size": self.batch_size, "processes": self._rank()[1]}
+        return {"epoch": self._epoch, "batches": done, **self._order(self._epoch)}
+
+    def _order(self, epoch: int) -> dict[str, int]:
+        """What the order of a pass and its batches depend on."""
+        images = len(find_images(self._root() / "train"))
+        sizes = {"batch_size": self.batch_size, "crops": self._crops(epoch), "processes": self._rank()[1]}
+        return sizes | {"seed": self.seed, "images": images}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Makes the next loader of that pass leave out the batches that are done."""

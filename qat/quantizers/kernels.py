@@ -67,6 +67,8 @@ def compiled() -> Kernels:
     Sizes stay open, and what a tensor is besides its values (a parameter, a view, one with a gradient) is hidden from
     the compiler, so a model of any depth needs a handful of compilations. QatError where there is no compiler.
     """
+    limit = torch._dynamo.config.recompile_limit  # ranks, offsets, dtypes and gradient modes are 14 variants and more
+    torch._dynamo.config.recompile_limit = max(limit, 64)
     fast_values = torch.compile(values, dynamic=True, fullgraph=True)
     fast_gradients = torch.compile(gradients, dynamic=True, fullgraph=True)
 

@@ -73,7 +73,7 @@ class LSQQuantizer(Quantizer):
     def __init__(self, spec: LSQ, layout: Layout) -> None:
         super().__init__(spec, layout)
         self.qmin, self.qmax = spec.qmin, spec.qmax
-        self.kernels = kernels.EAGER
+        self.compiled = False
         self.offset = nn.Parameter(torch.full((layout.groups,), torch.nan)) if spec.offset else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,8 +82,9 @@ class LSQQuantizer(Quantizer):
             return x
         step = self.view(self.step, x)
         offset = None if self.offset is None else self.view(self.offset, x)
+        how = kernels.compiled() if self.compiled else kernels.EAGER
         gain = self.gain(x) if torch.is_grad_enabled() and self.step.requires_grad else 1.0
-        out: Tensor = FakeQuantize.apply(x, step, offset, gain, (self.qmin, self.qmax), self.kernels)
+        out: Tensor = FakeQuantize.apply(x, step, offset, gain, (self.qmin, self.qmax), how)
         return out
 
     @torch.no_grad()
@@ -103,7 +104,8 @@ class LSQQuantizer(Quantizer):
 
     def compile_(self) -> None:
         """Use compiled arithmetic from now on; QatError where there is no compiler."""
-        self.kernels = kernels.compiled()
+        kernels.compiled()
+        self.compiled = True
 
     @torch.no_grad()
     def gain(self, x: Tensor) -> float | Tensor:

@@ -57,6 +57,15 @@ class Regularizer(ABC):
         """The sum over these weights, a scalar."""
 
 
+def named(regularizers: Sequence[Regularizer]) -> dict[str, Regularizer]:
+    """By name; a second one of a kind gets a number."""
+    found: dict[str, Regularizer] = {}
+    for regularizer in regularizers:
+        same = sum(type(other) is type(regularizer) for other in found.values())
+        found[f"{regularizer.name}_{same + 1}" if same else regularizer.name] = regularizer
+    return found
+
+
 def grid_of(site: WeightSite) -> LSQQuantizer:
     """The uniform grid of a weight; QatError when its quantizer is of another kind."""
     if not isinstance(site.quantizer, LSQQuantizer):

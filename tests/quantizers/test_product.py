@@ -58,6 +58,36 @@ def test_only_quantised_weights_are_kept() -> None:
     assert kept(F.linear, product, (FloatSite(), x), (FloatSite(), weight)) == pytest.approx(0, abs=slack)
 
 
+def test_under_autocast_the_low_precision_copy_is_not_kept_either() -> None:
+    x, weight = leaf(64, 50, 80), leaf(60, 80)
+    operands = ((site(True), x), (site(False), weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept(F.linear, plain, *operands) >= 2 * x.numel()
+        assert kept(F.linear, product, *operands) <= 6 * weight.numel() + 1000  # float32 and bfloat16
+
+
+def test_autocast_gradients_are_those_of_the_plain_product() -> None:
+    found = []
+    for way in (product, plain):
+        x, weight, first, second = leaf(3, 5, 8), leaf(6, 8), site(True), site(False)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = way(F.linear, (first, x), (second, weight))
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        found.append([x.grad, weight.grad, first.step.grad, second.step.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_an_input_that_was_changed_is_noticed() -> None:
+    x, weight = leaf(4, 8).detach(), leaf(6, 8)
+    quantizer = site(True)
+    quantizer.step.requires_grad_(False)
+    out = product(F.linear, (quantizer, x), (site(False), weight))
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.sum().backward()
+
+
 def test_strided_operands_come_back_in_their_shape() -> None:
     qkv = leaf(2, 5, 3, 4, 8)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)

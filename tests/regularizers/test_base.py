@@ -9,7 +9,7 @@ from qat import build_float, build_recipe, calibrate, quantize
 from qat.errors import QatError
 from qat.insert import quantizers
 from qat.quantizers import LSQQuantizer
-from qat.regularizers import BinRegularizer, Dampening, Regularizer
+from qat.regularizers import BinRegularizer, Dampening, Regularizer, named
 from tests.conftest import TINY
 
 every = pytest.mark.parametrize("kind", Regularizer.__subclasses__(), ids=lambda kind: kind.__name__)
@@ -77,6 +77,12 @@ def test_weight_rises_along_a_cosine(kind: type[Regularizer]) -> None:
 def test_bad_options(option: str, value: float) -> None:
     with pytest.raises(QatError, match=option):
         BinRegularizer(**{option: value})
+
+
+def test_two_of_a_kind_have_names_of_their_own() -> None:
+    assert list(named([BinRegularizer(), Dampening(), BinRegularizer()])) == [
+        "bin_regularizer", "dampening", "bin_regularizer_2"
+    ]  # fmt: skip
 
 
 def test_names() -> None:
