@@ -17,6 +17,7 @@ from qat.recipe import Rule
 
 KEY = "qat"
 FORMAT = 1
+AVERAGED = "current_model_state"  # where a weight average puts the weights that training goes on from
 PREFIX = "model."  # what the LightningModule puts before every name of the timm model
 
 
@@ -55,6 +56,28 @@ class Card:
         """The quantised model with random weights and uncalibrated steps."""
         model = build_float(self.arch, None, self.num_classes, self.model_args)
         return quantize(model, [Rule.from_dict(rule) for rule in self.rules]) if self.rules else model
+
+
+def check_restored(content: Mapping[str, Any], card: Card, fits: bool, averages: bool) -> None:
+    """Raise QatError when a checkpoint is of another model than ``card``.
+
+    Args:
+        content: of the checkpoint.
+        card: of the model that it is restored into.
+        fits: training goes on, rather than evaluation.
+        averages: the run has a weight average.
+    """
+    if fits and AVERAGED in content and not averages:
+        raise QatError(
+            "the checkpoint is of a run with a weight average, which goes on from other weights than these: "
+            "add the callback again (--config configs/add/average.yaml)"
+        )
+    if KEY not in content:
+        raise QatError("the checkpoint was not written by `qat fit`: it does not describe its model")
+    theirs = Card.from_dict(content[KEY], "the checkpoint")
+    for field in ("arch", "model_args", "num_classes", "rules"):
+        if getattr(theirs, field) != getattr(card, field):
+            raise QatError(f"the checkpoint is of another model: its {field} differs from the one built here")
 
 
 def read(path: str | Path) -> tuple[Card, dict[str, Any]]:

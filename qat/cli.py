@@ -21,7 +21,7 @@ from qat.agreement import changes, check_agreement, run_options
 from qat.callbacks import Calibrate, ConsoleLog, GradientRatio, RecordSites, SaveLast
 from qat.data import ImageNetDataModule
 from qat.data.check import check_data
-from qat.errors import QatError
+from qat.errors import QatError, bad_input
 from qat.metrics import MetricsFile
 from qat.models import default_preprocessing
 from qat.module import QATModule
@@ -230,23 +230,11 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if args is None else args)
     except (QatError, ArgumentError, MisconfigurationException, ValueError) as error:
-        if (bad := _bad_input(error)) is None:
+        if (bad := bad_input(error)) is None:
             raise
         print(f"qat: error: {' '.join(str(bad).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-def _bad_input(error: BaseException) -> BaseException | None:
-    """The error itself, or the one of a class that jsonargparse could not build; None for a defect of the program."""
-    if not isinstance(error, ValueError) or isinstance(error, QatError):
-        return error
-    if not str(error).startswith("Does not validate"):
-        return None
-    cause: BaseException = error
-    while (inner := cause.__cause__ or cause.__context__) is not None:
-        cause = inner
-    return cause
 
 
 def console() -> None:

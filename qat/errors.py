@@ -8,3 +8,15 @@ def first_line(error: Exception) -> str:
 
 class QatError(ValueError):
     """Bad input: a message of one line that names the place, the value and the way out. The command line prints it."""
+
+
+def bad_input(error: BaseException) -> BaseException | None:
+    """The error itself, or the one of a class that jsonargparse could not build; None for a defect of the program."""
+    if not isinstance(error, ValueError) or isinstance(error, QatError):
+        return error
+    if not str(error).startswith("Does not validate"):
+        return None
+    cause: BaseException = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+    return cause

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat.checkpoint import KEY, Card
+from qat.checkpoint import KEY, Card, check_restored
 from qat.data.crops import rng_for
 from qat.data.images import Batch
 from qat.errors import QatError
@@ -32,8 +32,6 @@ from qat.recipe import build_recipe
 from qat.regularizers import Regularizer, named
 from qat.schedules import cosine_with_warmup
 from qat.teacher import build_teacher
-
-AVERAGED = "current_model_state"  # where a weight average puts the weights that training goes on from
 
 
 class Prediction(NamedTuple):
@@ -254,16 +252,7 @@ class QATModule(L.LightningModule):
         checkpoint[KEY] = self.card.to_dict() | {"options": self.options}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """QatError when the checkpoint describes another model."""
-        averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if self.trainer.state.fn == TrainerFn.FITTING and AVERAGED in checkpoint and not averaging:
-            raise QatError(
-                "the checkpoint is of a run with a weight average, which goes on from other weights than these: "
-                "add the callback again (--config configs/add/average.yaml)"
-            )
-        if KEY not in checkpoint:
-            raise QatError("the checkpoint was not written by `qat fit`: it does not describe its model")
-        theirs, ours = Card.from_dict(checkpoint[KEY], "the checkpoint"), self.card
-        for field in ("arch", "model_args", "num_classes", "rules"):
-            if getattr(theirs, field) != getattr(ours, field):
-                raise QatError(f"the checkpoint is of another model: its {field} differs from the one built here")
+        """QatError when the checkpoint describes another model, or a run that cannot go on as it is now."""
+        trainer: L.Trainer = self.trainer
+        averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        check_restored(checkpoint, self.card, fits=trainer.state.fn == TrainerFn.FITTING, averages=averages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ import torch
 from PIL import Image
 
 from qat.cli import QatCLI, run
+
+# one thread per worker: two workers with two threads each on two cores wait for each other most of the time
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 CLASSES = ("ant", "bee", "cat")

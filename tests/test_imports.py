@@ -42,7 +42,7 @@ HELPERS = {  # what the other files of a folder may import
     "ptq": {"base"},
     "regularizers": {"base"},
     "callbacks": set(),
-    "data": {"crops", "folder", "images", "order"},
+    "data": {"check", "crops", "folder", "images", "order"},
 }
 KNOWS = {
     "timm": {"models", "data"},

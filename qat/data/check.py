@@ -1,4 +1,4 @@
-"""The folders of a command, looked at before a model is built or downloaded."""
+"""Folders and settings, looked at before a model is built or downloaded."""
 
 from __future__ import annotations
 
@@ -44,3 +44,17 @@ def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: 
     if len(classes) < 2:
         raise QatError(f"data.root {root} has one class folder, {classes[0]!r}: a classifier needs at least two")
     model.num_classes, model.classes = len(classes), classes
+
+
+def at_least(name: str, value: int, lowest: int) -> int:
+    """``value``; QatError when it is below ``lowest``."""
+    if value < lowest:
+        raise QatError(f"data.{name} is {value}: it must be at least {lowest}")
+    return value
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """``value``; QatError when it is none of ``choices``."""
+    if value not in choices:
+        raise QatError(f"data.{name} is {value!r}: choose from {choices}")
+    return value

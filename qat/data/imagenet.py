@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from qat.data.check import at_least, one_of
 from qat.data.crops import CropLaw, rng_for
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
-from qat.data.images import Batch, Collate, CropView, EvalView, Images, Sample, View, resample_of
+from qat.data.images import Batch, Collate, CropView, EvalView, Images, Loader, Sample, View, resample_of
 from qat.data.order import Batches, batches_per_pass, crop_passes, shuffled
 from qat.errors import QatError
 from qat.preprocessing import INTERPOLATIONS, Preprocessing
@@ -24,17 +25,6 @@ from qat.preprocessing import INTERPOLATIONS, Preprocessing
 __all__ = ["Batch", "ImageNetDataModule"]
 log = logging.getLogger(__name__)
 TRIES = {"error": 1, "skip": 100}  # files tried for one training sample; more bad ones in a row is a broken disk
-
-
-class Loader(DataLoader[Sample]):
-    """Counts as resumable for Lightning, which warns otherwise; the data module's own state says where to go on."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to do."""
 
 
 class ImageNetDataModule(L.LightningDataModule):
@@ -77,15 +67,15 @@ class ImageNetDataModule(L.LightningDataModule):
         super().__init__()
         self.root = Path(root) if root is not None else None
         self.images = Path(images) if images is not None else None
-        self.batch_size = _at_least("batch_size", batch_size, 1)
-        self.val_batch_size = _at_least("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1)
-        self.crops_per_image = _at_least("crops_per_image", crops_per_image, 1)
-        self.crop_epochs = _at_least("crop_epochs", crop_epochs, 1)
-        self.workers = _at_least("workers", min(_cores(), 8) if workers is None else workers, 0)
-        self.seed = _at_least("seed", 0 if seed is None else seed, 0)
+        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.val_batch_size = at_least("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1)
+        self.crops_per_image = at_least("crops_per_image", crops_per_image, 1)
+        self.crop_epochs = at_least("crop_epochs", crop_epochs, 1)
+        self.workers = at_least("workers", min(_cores(), 8) if workers is None else workers, 0)
+        self.seed = at_least("seed", 0 if seed is None else seed, 0)
         self.law = CropLaw(crop_scale, crop_ratio, flip)
-        self.train_interpolation = _one_of("train_interpolation", train_interpolation, INTERPOLATIONS)
-        self.on_bad_image = _one_of("on_bad_image", on_bad_image, tuple(TRIES))
+        self.train_interpolation = one_of("train_interpolation", train_interpolation, INTERPOLATIONS)
+        self.on_bad_image = one_of("on_bad_image", on_bad_image, tuple(TRIES))
         self.preprocessing = preprocessing
         self.bad_images: Counter[str] = Counter()  # "path: reason" -> how often it was met
         self._epoch, self._resumed = 0, {"epoch": 0, "batches": 0}
@@ -191,8 +181,8 @@ class ImageNetDataModule(L.LightningDataModule):
             raise QatError(
                 f"calibration.images is {images}: {self.root}/train has {len(source)}, choose 1..{len(source)}"
             )
-        chosen = rng_for(_at_least("calibration seed", seed, 0), 0, 0).permutation(len(source))[:images]
-        batches = Batches(chosen, _at_least("calibration batch_size", batch_size, 1))
+        chosen = rng_for(at_least("calibration seed", seed, 0), 0, 0).permutation(len(source))[:images]
+        batches = Batches(chosen, at_least("calibration batch_size", batch_size, 1))
         return (self._filled(self._report(batch)).images for batch in self._loader(source, batch_sampler=batches))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -259,15 +249,3 @@ class ImageNetDataModule(L.LightningDataModule):
 def _cores() -> int:
     """Cores that this process may use, which in a container are often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _at_least(name: str, value: int, lowest: int) -> int:
-    if value < lowest:
-        raise QatError(f"data.{name} is {value}: it must be at least {lowest}")
-    return value
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise QatError(f"data.{name} is {value!r}: choose from {choices}")
-    return value

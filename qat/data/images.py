@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from qat.data.crops import CropLaw, draw, replay, rng_for, to_tensor
 from qat.losses import TopK
@@ -147,3 +147,14 @@ class Collate:
             tuple(s.path for s in samples if s.views is not None),
             tuple(message for s in samples for message in s.bad),
         )
+
+
+class Loader(DataLoader[Sample]):
+    """Counts as resumable for Lightning, which warns otherwise; the data module's own state says where to go on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
