@@ -86,6 +86,57 @@ def test_started_by_torchrun_there_is_one_folder_too(config: Path, two: Path, od
     assert len(list(tmp_path.glob("*/*"))) == 1
 
 
+CALIBRATED = """
+import sys, torch
+from lightning.pytorch.utilities import rank_zero_only
+from qat.callbacks import Calibrate
+from qat.cli import run
+from qat.insert import quantizers
+
+usual = Calibrate.setup
+
+def setup(self, trainer, pl_module, stage):
+    usual(self, trainer, pl_module, stage)
+    steps = {name: quantizer.state_dict() for name, quantizer in quantizers(pl_module.model)}
+    torch.save(steps, f"{sys.argv[1]}/{rank_zero_only.rank}.pt")
+
+Calibrate.setup = setup
+run(sys.argv[2:])
+"""
+
+
+def test_all_processes_calibrate_alike(config: Path, odd: Path, tmp_path: Path) -> None:
+    """Before DDP copies the steps of the first process to the others, which would hide a difference."""
+    script = tmp_path / "script.py"
+    script.write_text(CALIBRATED)
+    args = ("fit", "--config", config, "--data.root", odd, "--runs", tmp_path / "runs", "--data.batch_size", "4")
+    words = [sys.executable, *TORCHRUN, script, tmp_path, *args, "--trainer.max_steps", "1", "--trainer.devices", "2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, words), "--trainer.strategy", "ddp"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(first) == len(second) > 0
+    assert all(torch.equal(v, second[site][name]) for site, state in first.items() for name, v in state.items())
+
+
+def test_an_error_in_the_validation_of_one_process_reaches_the_user(config: Path, odd: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "val", 3, seed=1)
+    (tmp_path / "train").symlink_to(odd / "train")
+    bad = tmp_path / "val/bee/0.png"  # the fourth image: the second process has it
+    bad.write_bytes(b"no image")
+    args = ("fit", "--config", config, "--data.root", tmp_path, "--runs", tmp_path / "runs", "--data.batch_size", "4")
+    done = in_two(*args, "--trainer.limit_train_batches", "1")
+    assert done.returncode != 0
+    assert "bee/0.png" in done.stderr
+
+
 def losses(folder: Path) -> list[float]:
     with (folder / "metrics.csv").open() as file:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]

@@ -92,10 +92,13 @@ def test_names() -> None:
 
 def test_a_step_that_is_not_trained_gets_no_gradient(model: torch.nn.Module) -> None:
     steps = [q.step for _, q in quantizers(model) if isinstance(q, LSQQuantizer)]
+    model.zero_grad()
     try:
         for step in steps:
             step.requires_grad_(False)
         BinRegularizer()(model).backward()
+        assert all(step.grad is None for step in steps)
+        assert all(site.weight.grad is not None for site in BinRegularizer().choose(model))
     finally:
         for step in steps:
             step.requires_grad_(True)
