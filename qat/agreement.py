@@ -13,8 +13,9 @@ from qat.recipe import Rule, read_rules
 TRAINER_KEYS = ("accumulate_grad_batches", "callbacks", "check_val_every_n_epoch", "devices", "gradient_clip_val",
                 "limit_train_batches", "max_epochs", "max_steps", "num_nodes", "precision", "strategy",
                 "val_check_interval")  # fmt: skip
-HERE = ("root", "images", "workers", "val_batch_size", "checkpoint", "teacher_checkpoint", "classes", "fresh_head",
-        "recipe", "rules", "w_bits", "a_bits")  # of this machine, or settled by the card of the checkpoint  # fmt: skip
+MACHINE_KEYS = ("root", "images", "workers", "val_batch_size", "checkpoint", "teacher_checkpoint")
+CARD_KEYS = ("arch", "model_args", "num_classes", "classes", "preprocessing", "recipe", "rules", "w_bits", "a_bits",
+             "fresh_head")  # fmt: skip
 RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")
 
 
@@ -34,10 +35,17 @@ def check_agreement(card: Card, path: Path, given: Mapping[str, Any]) -> None:
 
 
 def run_options(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a checkpoint keeps of the options that its run was started with, as text by dotted name."""
+    """What a checkpoint keeps of the options that its run was started with, as text by dotted name.
+
+    Places on a machine are left out, and what its card says already.
+    """
     found = {"seed_everything": str(config["seed_everything"])}
     for part in ("model", "data"):
-        found |= {f"{part}.{key}": _text(value) for key, value in config[part].items() if key.split(".")[0] not in HERE}
+        found |= {
+            f"{part}.{key}": _text(value)
+            for key, value in config[part].items()
+            if key not in (*MACHINE_KEYS, *CARD_KEYS)
+        }
     return found | {f"trainer.{key}": _text(config["trainer"][key]) for key in TRAINER_KEYS}
 
 

@@ -184,6 +184,12 @@ class TestOtherSettings:
         assert "other than in the checkpoint" not in caplog.text
         assert "nothing was left to train" in caplog.text
 
+    def test_options_that_the_card_settles_are_not_compared(self, whole: Path) -> None:
+        options = torch.load(whole / "last.ckpt", weights_only=True)["qat"]["options"]
+        assert {"model.lr", "model.regularizers", "data.batch_size", "trainer.callbacks"} <= options.keys()
+        assert not {f"model.{key}" for key in ("arch", "model_args", "preprocessing", "w_bits")} & options.keys()
+        assert not {"data.root", "data.preprocessing", "data.workers"} & options.keys()
+
     def test_another_batch_in_the_middle_of_a_pass_is_refused(
         self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
