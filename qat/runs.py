@@ -36,8 +36,11 @@ def fresh_folder(parent: Path) -> Path:
 
 
 def last_folder(parent: Path) -> Path:
-    """The newest run folder below ``parent``; QatError if there is none, or if it has no last.ckpt to go on from."""
-    folders = sorted(path for path in parent.glob("*") if path.is_dir())
+    """The newest run below ``parent``; QatError if there is none, or if it has no last.ckpt to go on from.
+
+    A folder without a config is of a command that was refused before it began.
+    """
+    folders = sorted(path.parent for path in parent.glob("*/config.yaml"))
     if not folders:
         raise QatError(f"--ckpt last: no run in {parent} to go on with; leave --ckpt out to start")
     if not (folders[-1] / LAST).is_file():

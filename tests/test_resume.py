@@ -215,6 +215,15 @@ class TestOtherSettings:
         assert main([*args, "--ckpt", str(whole / "last.ckpt")]) == 2
         assert "weight average" in capsys.readouterr().err
 
+    def test_a_refused_command_does_not_stand_in_the_way(
+        self, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        args = ["fit", "--config", str(config), "--runs", str(tmp_path)]
+        run_until(9, args, monkeypatch)
+        assert main([*args, "--save_every", "0"]) == 2
+        assert main([*args, "--trainer.accelerator", "gpu"]) == 2
+        assert run([*args, "--ckpt", "last"]).trainer.global_step == 24
+
     def test_nothing_to_go_on_from(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["fit", "--config", str(config), "--runs", str(tmp_path), "--ckpt", "last"]) == 2
         assert "no " in capsys.readouterr().err

@@ -73,8 +73,10 @@ def test_the_newest_run_goes_on(tmp_path: Path) -> None:
     for date in ("2026-01-01_00-00-00", "2026-02-01_00-00-00"):
         (tmp_path / date).mkdir()
         (tmp_path / date / "last.ckpt").touch()
+        (tmp_path / date / "config.yaml").touch()
+    (tmp_path / "2026-03-01_00-00-00").mkdir()  # refused before it began
     assert last_folder(tmp_path).name == "2026-02-01_00-00-00"
-    (tmp_path / "2026-03-01_00-00-00").mkdir()
+    (tmp_path / "2026-03-01_00-00-00" / "config.yaml").touch()
     with pytest.raises(QatError, match=r"2026-03-01_00-00-00, ended before its first last\.ckpt"):
         last_folder(tmp_path)
 

@@ -12,8 +12,8 @@ Gradients, with n_j members and the mean m_j of r in bin j:
     dR/dstep = gain * sum over the weights outside of bound * 2 (r_i - m_j) / (n_j - 1)
     dR/doffset = the same sum without gain and bound
 
-All weights of one width are laid out in rows and go through the same few operations together: on DeiT-Tiny that is a
-third of the time of one weight after the other on a CPU, and a fiftieth of the kernels on a GPU.
+All weights of one width are laid out in rows and go through the same few operations together: on DeiT-Tiny and a CPU
+that takes a third of the time of one weight after the other.
 
 Shapes: G groups that share a step, R rows of m weights, each row from one group, L levels.
 """

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat import build_float, build_recipe, calibrate, quantize
 from qat.errors import QatError
 from qat.insert import quantizers
-from qat.quantizers import kernels
+from qat.quantizers import LSQ, LSQQuantizer, kernels
+from qat.recipe import Layout
 from tests.conftest import TINY
 
 
@@ -68,6 +72,16 @@ def test_compilations_come_to_an_end(fast: kernels.Kernels) -> None:
         assert not torch._dynamo.utils.counters["graph_break"]
     assert counts[2] == counts[3] == counts[4], counts  # drop path, depth and batch add none
     assert counts[2] - counts[0] <= 4, counts  # a sum of more values can be cut in another way
+
+
+def test_a_compiled_quantizer_can_be_copied_and_pickled(fast: kernels.Kernels) -> None:
+    quantizer = LSQQuantizer(LSQ(bits=4), Layout(0, 1, batched=True))
+    nn.init.constant_(quantizer.step, 0.1)
+    quantizer.compile_()
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    for again in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
+        assert again.compiled
+        assert torch.equal(again(x), quantizer(x))
 
 
 def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
