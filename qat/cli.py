@@ -226,7 +226,7 @@ def run(args: Sequence[str]) -> QatCLI:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it succeeded, 2 with one line on stderr when the input was bad."""
-    _set_up_logging()
+    set_up_logging()
     try:
         run(sys.argv[1:] if args is None else args)
     except (QatError, ArgumentError, MisconfigurationException, ValueError) as error:
@@ -242,7 +242,8 @@ def console() -> None:
     sys.exit(main())
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
+    """One log on stderr, without the noise of libraries."""
     handler: logging.Handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
     level = logging.INFO if first_process() else logging.WARNING  # one log, however many processes
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler])

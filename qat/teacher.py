@@ -46,20 +46,21 @@ class Teacher(nn.Module):
         return logits
 
 
-def build_teacher(arch: str, weights: str | Path, num_classes: int) -> Teacher:
+def build_teacher(arch: str, weights: str | Path, num_classes: int, option: str = "model.teacher") -> Teacher:
     """A teacher from timm, or one of our own checkpoints, float or quantised, which describes itself.
 
     Args:
         arch: timm model name.
         weights: ``pretrained``, a local file of float weights, or a checkpoint that `qat fit` wrote.
         num_classes: classes of the student; QatError when the teacher has others.
+        option: what errors call ``arch``.
     """
     card = checkpoints.find_card(weights)
     if card is None:
         try:
             return Teacher(build_float(arch, weights), default_preprocessing(arch), num_classes)
         except QatError as error:
-            raise QatError(f"model.teacher: {error}") from None
+            raise QatError(f"{option}: {error}") from None
     if card.arch != arch:
-        raise QatError(f"model.teacher is {arch}, but {weights} is a checkpoint of {card.arch}")
+        raise QatError(f"{option} is {arch}, but {weights} is a checkpoint of {card.arch}")
     return Teacher(checkpoints.load(weights), Preprocessing(**card.preprocessing), num_classes)

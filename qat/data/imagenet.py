@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qat.data.check import at_least, one_of
+from qat.data.check import at_least, cores, one_of
 from qat.data.crops import CropLaw, rng_for
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
-from qat.data.images import Batch, Collate, CropView, EvalView, Images, Loader, Sample, View, resample_of
+from qat.data.images import Batch, Collate, CropView, EvalView, Images, Loader, Sample, View
+from qat.data.labelreader import ReplayView, SoftLabels
 from qat.data.order import Batches, batches_per_pass, crop_passes, shuffled
 from qat.errors import QatError
 from qat.preprocessing import INTERPOLATIONS, Preprocessing
@@ -36,10 +39,14 @@ class ImageNetDataModule(L.LightningDataModule):
         batch_size: crops per process and training step; a multiple of crops_per_image.
         val_batch_size: images per process and step in validation and prediction; batch_size when not given.
         crops_per_image: random crops made of each image every time it is decoded.
+        softlabels: store of soft labels, made by tools/make_softlabels.py, whose crops are replayed and whose labels
+            replace those of the folders; null draws crops anew.
+        softlabels_partial: train on the finished images of an unfinished store.
         crop_epochs: length of training, as the number of crops every image gives in all.
-        crop_scale: lowest and highest area of a training crop, as a part of the image.
-        crop_ratio: lowest and highest width / height of a training crop.
-        flip: probability that a training crop is mirrored left to right.
+        crop_scale: lowest and highest area of a training crop, as a part of the image; that of the soft labels, or
+            0.08 and 1, when not given.
+        crop_ratio: lowest and highest width / height of a training crop; that of the soft labels, or 3/4 and 4/3.
+        flip: probability that a training crop is mirrored left to right; that of the soft labels, or 0.5.
         train_interpolation: how training crops are resized: nearest, bilinear or bicubic.
         preprocessing: fields of the model's preprocessing (size, resize, interpolation, mean, std).
         workers: processes that decode images, per training process; as many as cores, at most 8, when not given.
@@ -55,9 +62,11 @@ class ImageNetDataModule(L.LightningDataModule):
         val_batch_size: int | None = None,
         crops_per_image: int = 1,
         crop_epochs: int = 300,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333),
-        flip: float = 0.5,
+        softlabels: Path | None = None,
+        softlabels_partial: bool = False,
+        crop_scale: tuple[float, float] | None = None,
+        crop_ratio: tuple[float, float] | None = None,
+        flip: float | None = None,
         train_interpolation: str = "bilinear",
         preprocessing: dict[str, Any] | None = None,
         workers: int | None = None,
@@ -71,9 +80,13 @@ class ImageNetDataModule(L.LightningDataModule):
         self.val_batch_size = at_least("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1)
         self.crops_per_image = at_least("crops_per_image", crops_per_image, 1)
         self.crop_epochs = at_least("crop_epochs", crop_epochs, 1)
-        self.workers = at_least("workers", min(_cores(), 8) if workers is None else workers, 0)
+        self.workers = at_least("workers", min(cores(), 8) if workers is None else workers, 0)
         self.seed = at_least("seed", 0 if seed is None else seed, 0)
-        self.law = CropLaw(crop_scale, crop_ratio, flip)
+        self.softlabels = Path(softlabels) if softlabels is not None else None
+        self.softlabels_partial = softlabels_partial
+        given = {"scale": crop_scale, "ratio": crop_ratio, "flip": flip}
+        self._given_law = {name: value for name, value in given.items() if value is not None}
+        self.law = CropLaw(**self._given_law)  # type: ignore[arg-type]
         self.train_interpolation = one_of("train_interpolation", train_interpolation, INTERPOLATIONS)
         self.on_bad_image = one_of("on_bad_image", on_bad_image, tuple(TRIES))
         self.preprocessing = preprocessing
@@ -101,7 +114,25 @@ class ImageNetDataModule(L.LightningDataModule):
     def batches_per_pass(self, world_size: int = 1, epochs: int | None = None) -> list[int]:
         """Training steps, on each of ``world_size`` processes, of the first ``epochs`` passes (of all when None)."""
         passes = self.passes if epochs is None else [self._crops(epoch) for epoch in range(epochs)]
-        return batches_per_pass(len(find_images(self._root() / "train")), self.batch_size, passes, world_size)
+        return batches_per_pass(len(self._trained()), self.batch_size, passes, world_size)
+
+    @cached_property
+    def labels(self) -> SoftLabels | None:
+        """The soft labels; QatError when they are of other images than those of training, or of another crop law."""
+        if self.softlabels is None:
+            return None
+        labels, folder = SoftLabels(self.softlabels), self._root() / "train"
+        labels.check_law(self._given_law)
+        labels.check_images(folder, find_images(folder), self.classes)
+        labels.check_finished(self.softlabels_partial)
+        log.info("soft labels of %s", labels)
+        return labels
+
+    def _trained(self) -> npt.NDArray[np.int64]:
+        """Numbers of the images that are trained on: all, or those of an unfinished store that have labels."""
+        if self.labels is not None:
+            return np.flatnonzero(self.labels.done)
+        return np.arange(len(find_images(self._root() / "train")))
 
     def setup(self, stage: str) -> None:
         """Lists the folders that the stage reads, and checks them and the preprocessing: QatError if unusable."""
@@ -110,7 +141,7 @@ class ImageNetDataModule(L.LightningDataModule):
             find_loose_images(self._prediction_folder())
             return
         if stage == "fit":
-            find_images(self._root() / "train")
+            self._trained()
         find_images(self._root() / "val")
         log.info("%d classes in %s", self.num_classes, self.root)
 
@@ -120,9 +151,13 @@ class ImageNetDataModule(L.LightningDataModule):
             raise QatError("trainer.reload_dataloaders_every_n_epochs must be 1: each pass has a loader of its own")
         self._epoch = epoch = self.trainer.current_epoch if self.trainer is not None else 0
         crops = self._crops(epoch)
-        size = self._preprocessing().size
-        view = CropView(self.law, size, resample_of(self.train_interpolation), crops, self.seed, epoch)
-        images = self._split("train", view, TRIES[self.on_bad_image])
+        size, how = self._preprocessing().size, self.train_interpolation
+        if self.labels is None:
+            view: View = CropView(self.law, size, how, crops, self.seed, epoch)
+        else:
+            before = sum(self._crops(earlier) for earlier in range(epoch))
+            view = ReplayView(self.labels, self._trained(), size, how, crops, self.seed, before)
+        images = self._split("train", view, TRIES[self.on_bad_image], self._trained())
         order = shuffled(len(images), self.seed, epoch, *self._rank())
         return self._loader(images, batch_sampler=Batches(order, self.batch_size // crops, self._done(epoch)))
 
@@ -131,27 +166,26 @@ class ImageNetDataModule(L.LightningDataModule):
         if epoch != self._resumed["epoch"] or not self._resumed["batches"]:
             return 0
         for name, now in self._order(epoch).items():
-            if self._resumed[name] != now:
+            if (then := self._resumed.get(name, now)) != now:
                 raise QatError(
-                    f"data: {name} is {now}, but the checkpoint was taken in the middle of a pass with "
-                    f"{self._resumed[name]}: go on with that, or from a checkpoint of the end of a pass"
+                    f"data: {name} is {now}, but the checkpoint was taken in the middle of a pass with {then}: "
+                    "go on with that, or from a checkpoint of the end of a pass"
                 )
         return self._resumed["batches"]
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The pass and how many of its batches are done, for a run that is resumed in the middle of a pass."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
         done = progress["processed"]  # "completed" lags when saved in a callback
         return {"epoch": self._epoch, "batches": done, **self._order(self._epoch)}
 
-    def _order(self, epoch: int) -> dict[str, int]:
+    def _order(self, epoch: int) -> dict[str, Any]:
         """What the order of a pass and its batches depend on."""
-        images = len(find_images(self._root() / "train"))
         sizes = {"batch_size": self.batch_size, "crops": self._crops(epoch), "processes": self._rank()[1]}
-        return sizes | {"seed": self.seed, "images": images}
+        return sizes | {"seed": self.seed, "images": len(self._trained()), "soft labels": str(self.labels)}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the next loader of that pass leave out the batches that are done."""
         self._resumed = state_dict
 
@@ -204,10 +238,10 @@ class ImageNetDataModule(L.LightningDataModule):
             raise QatError(f"a whole batch of {self.root}/train cannot be read, first {batch.bad[0]}")
         return batch
 
-    def _split(self, name: str, view: View, tries: int = 1) -> Images:
+    def _split(self, name: str, view: View, tries: int = 1, chosen: npt.NDArray[np.int64] | None = None) -> Images:
         folder = self._root() / name
-        labels = {name: label for label, name in enumerate(self.classes)}
-        return Images(folder, find_images(folder), labels, view, tries)
+        labels, paths = {name: label for label, name in enumerate(self.classes)}, find_images(folder)
+        return Images(folder, paths if chosen is None else [paths[i] for i in chosen], labels, view, tries)
 
     def _evaluation(self, images: Images) -> DataLoader[Sample]:
         rank, world_size = self._rank()
@@ -244,8 +278,3 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def _prediction_folder(self) -> Path:
         return self._root() / "val" if self.images is None else self.images
-
-
-def _cores() -> int:
-    """Cores that this process may use, which in a container are often fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,6 @@
-"""From an index to views of an image, and from views to a batch. Shapes: B views in a batch, m per image, S side.
+"""From an index to views of an image, and from views to a batch.
+
+Shapes: B views in a batch, m per image, S their side; H, W pixels of an image.
 
 An image that cannot be read is reported, not raised: an exception in a worker reaches the user as a traceback without
 the path, so the worker hands the message over and the main process decides.
@@ -12,21 +14,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qat.data.crops import CropLaw, draw, replay, rng_for, to_tensor
+from qat.data.crops import CropLaw, draw, replay, rng_for
+from qat.data.decode import decode, reason, to_image, to_tensor
+from qat.errors import QatError
 from qat.losses import TopK
 from qat.preprocessing import Preprocessing
 
-View = Callable[[Image.Image, int], Tensor]  # RGB image and its index -> uint8 (m, 3, S, S)
+
+class Views(NamedTuple):
+    """What is made of one image."""
+
+    images: Tensor  # (m, 3, S, S) uint8
+    soft_labels: TopK | None = None
+
+
+View = Callable[[Tensor, int], Views]  # RGB image uint8 (3, H, W) and its index
 
 
 class Sample(NamedTuple):
     """What a worker makes of one index: views of it, or of its substitute, and a message per unreadable file."""
 
-    views: Tensor | None  # (m, 3, S, S) uint8
+    views: Views | None
     label: int
     path: str
     bad: tuple[str, ...]
@@ -47,35 +59,36 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class EvalView:
-    """Short side to ``preprocessing.resize``, then the centre: uint8 (1, 3, S, S)."""
+    """Short side to ``preprocessing.resize``, then the centre: one view, with Pillow, as published results have it."""
 
     preprocessing: Preprocessing
 
-    def __call__(self, image: Image.Image, index: int) -> Tensor:
+    def __call__(self, pixels: Tensor, index: int) -> Views:
         """The view of one RGB image; its index does not matter."""
+        image = to_image(pixels)
         size, short = self.preprocessing.size, min(image.size)
         width, height = (int(self.preprocessing.resize * side / short) for side in image.size)  # truncates: torchvision
         left, top = round((width - size) / 2), round((height - size) / 2)
-        resized = image.resize((width, height), resample_of(self.preprocessing.interpolation))
-        return to_tensor(resized.crop((left, top, left + size, top + size))).unsqueeze(0)
+        resized = image.resize((width, height), Image.Resampling[self.preprocessing.interpolation.upper()])
+        return Views(to_tensor(resized.crop((left, top, left + size, top + size))).unsqueeze(0).contiguous())
 
 
 @dataclass(frozen=True)
 class CropView:
-    """Random crops drawn from (seed, epoch, index) alone: uint8 (m, 3, S, S), m being ``crops``."""
+    """Random crops drawn from (seed, epoch, index) alone, m being ``crops``."""
 
     law: CropLaw
     size: int
-    resample: Image.Resampling
+    interpolation: str
     crops: int
     seed: int
     epoch: int
 
-    def __call__(self, image: Image.Image, index: int) -> Tensor:
+    def __call__(self, image: Tensor, index: int) -> Views:
         """The m crops of one RGB image."""
-        rng = rng_for(self.seed, self.epoch, index)
-        boxes = [draw(self.law, image.height, image.width, rng) for _ in range(self.crops)]
-        return torch.stack([replay(image, box, self.size, self.resample) for box in boxes])
+        rng, (_, height, width) = rng_for(self.seed, self.epoch, index), image.shape
+        crops = [draw(self.law, height, width, rng) for _ in range(self.crops)]
+        return Views(replay(image, crops, self.size, self.interpolation))
 
 
 class Images(Dataset[Sample]):
@@ -99,35 +112,20 @@ class Images(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Each file is decoded once, however many views are made of it."""
         bad: list[str] = []
-        for offset in range(self.tries):
-            path = self.paths[(index + offset) % len(self.paths)]
+        for place in ((index + offset) % len(self.paths) for offset in range(self.tries)):
+            path = self.paths[place]
             try:
-                image = load(self.folder / path)
+                image = decode(self.folder / path)
             except Exception as error:  # Pillow has no common base: OSError, SyntaxError, ValueError, ...
                 bad.append(f"{self.folder / path}: {reason(error)}")
                 continue
-            return Sample(self.view(image, index), self.labels.get(path.partition("/")[0], -1), path, tuple(bad))
+            try:
+                views = self.view(image, place)
+            except QatError as error:  # soft labels of another image
+                bad.append(f"{self.folder / path}: {error}")
+                continue
+            return Sample(views, self.labels.get(path.partition("/")[0], -1), path, tuple(bad))
         return Sample(None, -1, self.paths[index], tuple(bad))
-
-
-def resample_of(interpolation: str) -> Image.Resampling:
-    """Pillow's filter of this name: ``nearest``, ``bilinear`` or ``bicubic``."""
-    return Image.Resampling[interpolation.upper()]
-
-
-def load(path: Path) -> Image.Image:
-    """Decoded RGB image, as stored: the orientation in EXIF is ignored, as in every published ImageNet result."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def reason(error: Exception) -> str:
-    """Why an image could not be read, in one line and without its path."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -138,14 +136,15 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """The batch of these samples."""
+        good = [(s, s.views) for s in samples if s.views is not None]
         empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        views = [s.views for s in samples if s.views is not None]
-        labels = [s.label for s in samples if s.views is not None for _ in range(len(s.views))]
+        soft = [views.soft_labels for _, views in good if views.soft_labels is not None]
         return Batch(
-            torch.cat(views) if views else empty,  # n images of (m, 3, S, S) -> (n*m, 3, S, S)
-            torch.tensor(labels, dtype=torch.int64),
-            tuple(s.path for s in samples if s.views is not None),
+            torch.cat([views.images for _, views in good]) if good else empty,  # n images of (m, 3, S, S) -> (B, ...)
+            torch.tensor([s.label for s, views in good for _ in range(len(views.images))], dtype=torch.int64),
+            tuple(s.path for s, _ in good),
             tuple(message for s in samples for message in s.bad),
+            TopK(*(torch.cat(parts) for parts in zip(*soft, strict=True))) if soft else None,
         )
 
 
