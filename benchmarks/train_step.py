@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from qat.data.images import Batch
 from qat.insert import quantizers
+from qat.losses import cross_entropy
 from qat.module import QATModule
 from qat.ptq import InitSteps
 from qat.regularizers import BinRegularizer
@@ -105,7 +106,7 @@ class Step:
     def loss(self) -> Tensor:
         """The forward pass."""
         with torch.autocast(self.batch.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.module.loss(self.module(self.batch.images), self.batch)
+            loss = cross_entropy(self.module(self.batch.images), self.batch.labels)
             if self.regularizer is None:
                 return loss
             return loss + self.regularizer.weight * self.regularizer(self.module.model)

@@ -36,7 +36,7 @@ def make_softlabels(options: Options) -> None:
     """Label every image that has no labels yet; QatError for bad input, before the teacher has seen an image."""
     default_preprocessing(options.teacher)  # an unknown teacher, or a folder without images, before weights are read
     classes = class_names(options.data.root / "train")
-    teacher = build_teacher(options.teacher, options.teacher_checkpoint, len(classes), "teacher")
+    teacher = build_teacher(options.teacher, options.teacher_checkpoint, len(classes), classes, "teacher")
     precision = options.precision or ("16-mixed" if _on_gpu(options) else "32-true")
     plan = Plan(options, teacher.preprocessing, sha256_of_weights(teacher.model), precision)
     if first_process():

@@ -187,6 +187,8 @@ class Plan:
     def join(self) -> None:
         """Bring together what several processes have made, also what a killed run left."""
         out = self.options.out
+        for unborn in out.parent.glob(f"{out.name}*.new"):  # killed while it was created
+            unborn.unlink()
         for part in sorted(out.parent.glob(f"{out.name}.rank*[0-9]")):
             absorb(out, part)
 

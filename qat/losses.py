@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,3 +34,22 @@ def sparse_soft_cross_entropy(logits: Tensor, labels: TopK) -> Tensor:
     if others:
         loss = loss + rest / others * (log_probs.sum(1) - top.sum(1))
     return -loss.mean()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor | TopK) -> Tensor:
+    """Mean over B with labels of any kind: classes (B,) int64, probabilities (B, C), or sparse ones."""
+    if isinstance(labels, TopK):
+        return sparse_soft_cross_entropy(logits, labels)
+    return soft_cross_entropy(logits, labels) if labels.ndim == 2 else F.cross_entropy(logits.float(), labels)
+
+
+def entropy(labels: Tensor | TopK, classes: int) -> Tensor:
+    """Mean over B of the entropy of soft labels, probabilities (B, C) or sparse; what a perfect student's loss is."""
+    if isinstance(labels, TopK):
+        probs = labels.probs.float()
+        rest, others = (1 - probs.sum(1)).clamp(min=0), classes - probs.shape[1]
+        each = torch.special.entr(probs).sum(1) + (others * torch.special.entr(rest / others) if others else 0)
+    else:
+        each = torch.special.entr(labels).sum(1)
+    mean: Tensor = each.mean()
+    return mean

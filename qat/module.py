@@ -26,7 +26,7 @@ from qat.errors import QatError
 from qat.finite import FiniteCheck
 from qat.insert import quantize, quantizers, raise_for_uncalibrated
 from qat.length import total_steps
-from qat.losses import soft_cross_entropy, sparse_soft_cross_entropy
+from qat.losses import TopK, cross_entropy, entropy
 from qat.models import build_float, default_preprocessing, param_groups, regroup
 from qat.recipe import build_recipe
 from qat.regularizers import Regularizer, named
@@ -59,7 +59,7 @@ class QATModule(L.LightningModule):
         a_bits: width of activations where the recipe says a_bits.
         compile: run the arithmetic of the quantizers through torch.compile: same values, faster steps, and a minute or
             so of compilation.
-        teacher: timm model whose outputs replace the labels; null trains on labels.
+        teacher: timm model whose outputs replace the labels; null trains on data.softlabels, or on labels.
         teacher_checkpoint: weights of the teacher: pretrained, a local file, or a checkpoint of a run.
         regularizers: losses on the weights themselves, each a class with its options, for example
             [{class_path: BinRegularizer, init_args: {weight: 0.01}}].
@@ -132,7 +132,7 @@ class QATModule(L.LightningModule):
         rules_out = [rule.to_dict() for rule in table]
         self.card = Card(arch, model_args or {}, outputs, rules_out, self.preprocessing.to_dict(), classes or [])
         # not a submodule: a teacher has no place in the checkpoint or the optimiser
-        self.teacher = (build_teacher(teacher, teacher_checkpoint, outputs),) if teacher else ()
+        self.teacher = (build_teacher(teacher, teacher_checkpoint, outputs, classes),) if teacher else ()
         self.top1 = MulticlassAccuracy(outputs, average="micro")
         self.top5 = MulticlassAccuracy(outputs, average="micro", top_k=min(5, outputs))
         self.val_loss = MeanMetric()
@@ -145,10 +145,13 @@ class QATModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch of crops; QatError names the step when it is not finite."""
-        probs = self.teach(batch.images)  # before the student's graph takes the memory
-        loss = self.loss(self(batch.images), batch, probs)
+        labels = self.soft_labels(batch)  # before the student's graph takes the memory
+        loss = cross_entropy(self(batch.images), batch.labels if labels is None else labels)
         self.finite.check(loss, f"step {self.global_step} (epoch {self.current_epoch})")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images), sync_dist=True)
+        if labels is not None:
+            floor = entropy(labels, self.card.num_classes)
+            self.log_dict({"train/label_entropy": floor, "train/kl": loss - floor}, batch_size=len(batch.images))
         first, *_, last = self.trainer.optimizers[0].param_groups
         self.log_dict({"lr": first["lr"], "step_lr": last["lr"]})
         for name, penalty in self.penalties():
@@ -167,17 +170,9 @@ class QATModule(L.LightningModule):
         """The part of training that is done, 0 to 1."""
         return self.global_step / max(self.total, 1)
 
-    def teach(self, images: Tensor) -> Tensor | None:
-        """The teacher's probabilities (B, C) of uint8 crops, or None without a teacher."""
-        return self.teacher[0](images).float().softmax(-1) if self.teacher else None
-
-    def loss(self, logits: Tensor, batch: Batch, probs: Tensor | None = None) -> Tensor:
-        """Cross-entropy with the teacher's ``probs``, with soft labels, or with labels: the first that there is."""
-        if probs is not None:
-            return soft_cross_entropy(logits, probs)
-        if batch.soft_labels is not None:
-            return sparse_soft_cross_entropy(logits, batch.soft_labels)
-        return F.cross_entropy(logits.float(), batch.labels)
+    def soft_labels(self, batch: Batch) -> Tensor | TopK | None:
+        """The teacher's probabilities (B, C) if there is one, else the soft labels of the batch, if it has some."""
+        return self.teacher[0](batch.images).float().softmax(-1) if self.teacher else batch.soft_labels
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make drop path a function of (seed, pass, batch, rank): a resumed run draws what it would have drawn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,20 @@ class Teacher(nn.Module):
         return logits
 
 
-def build_teacher(arch: str, weights: str | Path, num_classes: int, option: str = "model.teacher") -> Teacher:
+def build_teacher(
+    arch: str,
+    weights: str | Path,
+    num_classes: int,
+    classes: Sequence[str] | None = None,
+    option: str = "model.teacher",
+) -> Teacher:
     """A teacher from timm, or one of our own checkpoints, float or quantised, which describes itself.
 
     Args:
         arch: timm model name.
         weights: ``pretrained``, a local file of float weights, or a checkpoint that `qat fit` wrote.
         num_classes: classes of the student; QatError when the teacher has others.
+        classes: their names; QatError when a checkpoint of ours knows others, or the same in another order.
         option: what errors call ``arch``.
     """
     card = checkpoints.find_card(weights)
@@ -63,4 +71,6 @@ def build_teacher(arch: str, weights: str | Path, num_classes: int, option: str 
             raise QatError(f"{option}: {error}") from None
     if card.arch != arch:
         raise QatError(f"{option} is {arch}, but {weights} is a checkpoint of {card.arch}")
+    if card.classes and classes and card.classes != list(classes):
+        raise QatError(f"{option}: {weights} was trained on other classes, first {card.classes[:2]}, not {classes[:2]}")
     return Teacher(checkpoints.load(weights), Preprocessing(**card.preprocessing), num_classes)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from qat.cli import QatCLI, run
+from tools.make_softlabels import main as make_softlabels
 
 # one thread per worker: two workers with two threads each on two cores wait for each other most of the time
 torch.set_num_threads(1)
@@ -73,6 +74,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory, config: Path) -> QatCLI:
 def ckpt(trained: QatCLI) -> Path:
     """The last checkpoint of the finished run."""
     return Path(trained.trainer.default_root_dir) / "last.ckpt"
+
+
+@pytest.fixture(scope="session")
+def softlabels(images: Path, ckpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Soft labels of 6 crops of every training image, made by the finished run, as `label_options` says."""
+    out = tmp_path_factory.mktemp("labels") / "labels.h5"
+    assert make_softlabels(label_options(images, ckpt, out)) == 0
+    return out
+
+
+def label_options(images: Path, ckpt: Path, labels: Path, /, **changes: object) -> list[str]:
+    """The command line that makes `softlabels`, or one that differs."""
+    options = {
+        "data.root": images, "teacher": "deit_tiny_patch16_224", "teacher_checkpoint": ckpt, "out": labels, "crops": 6,
+        "topk": 2, "batch_size": 12, "workers": 0, "accelerator": "cpu", "devices": 1,
+    }  # fmt: skip
+    return [word for name, value in (options | changes).items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ ROOT = Path(qat.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = [
-    {"errors", "preprocessing", "recipe", "losses", "schedules", "finite"},
+    {"errors", "preprocessing", "progress", "recipe", "losses", "schedules", "finite"},
     {"quantizers"},
     {"insert", "describe"},
     {"models"},
     {"ptq", "regularizers", "oscillation", "checkpoint", "teacher", "official"},
     {"module", "data", "callbacks", "agreement", "length", "metrics", "runs"},
-    {"trainer", "cli"},
+    {"trainer", "cli", "labelplan", "labeling"},
     {"__main__"},
 ]
 FRONT = "__init__"  # of the package: names for notebooks, loaded when first used
@@ -35,6 +35,7 @@ SIDEWAYS = {
     ("callbacks", "runs"),
     ("module", "length"),
     ("cli", "trainer"),
+    ("labeling", "labelplan"),
 }
 HELPERS = {  # what the other files of a folder may import
     "quantizers": {"base", "fitting", "kernels"},
@@ -42,11 +43,11 @@ HELPERS = {  # what the other files of a folder may import
     "ptq": {"base"},
     "regularizers": {"base"},
     "callbacks": set(),
-    "data": {"check", "crops", "folder", "images", "order"},
+    "data": {"check", "crops", "decode", "folder", "images", "labelreader", "labelwriter", "order", "softlabels"},
 }
 KNOWS = {
     "timm": {"models", "data"},
-    "lightning": {"module", "callbacks", "data", "length", "metrics", "runs", "trainer", "cli"},
+    "lightning": {"module", "callbacks", "data", "length", "metrics", "runs", "trainer", "cli", "labeling"},
     "jsonargparse": {"cli"},
     "h5py": {"data"},
 }

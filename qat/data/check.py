@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
+from qat.data.labelreader import SoftLabels
 from qat.errors import QatError
 
 
@@ -15,8 +16,8 @@ def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: 
 
     Args:
         verb: fit, validate or predict.
-        model: options of the module: num_classes, classes.
-        data: options of the data module: root, images.
+        model: options of the module: num_classes, classes, teacher.
+        data: options of the data module: root, images, softlabels and what belongs to them.
         ckpt: checkpoint that the model comes from.
         calibrates: training images are needed to calibrate, although nothing is trained.
     """
@@ -45,6 +46,17 @@ def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: 
     if len(classes) < 2:
         raise QatError(f"data.root {root} has one class folder, {classes[0]!r}: a classifier needs at least two")
     model.num_classes, model.classes = len(classes), classes
+    if verb == "fit" and data.softlabels is not None:
+        if model.teacher is not None:
+            raise QatError("data.softlabels and model.teacher both make labels: set one of them to null")
+        law = given_law(data.crop_scale, data.crop_ratio, data.flip)
+        SoftLabels.of(Path(data.softlabels), root / "train", classes, law, data.softlabels_partial)
+
+
+def given_law(scale: object, ratio: object, flip: object) -> dict[str, Any]:
+    """Those options of a crop law that are not None, by the name that `CropLaw` gives them."""
+    options = {"scale": scale, "ratio": ratio, "flip": flip}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def at_least(name: str, value: int, lowest: int) -> int:

@@ -91,7 +91,7 @@ def replay(image: Tensor, crops: Iterable[Crop], size: int, interpolation: str) 
     """The crops of an image uint8 (3, H, W), each cut out, resized and flipped: uint8 (m, 3, S, S).
 
     Boxes and flips are exact. torch's antialiased resize of integers differs from Pillow's, with which published models
-    were trained, by at most 2 of 255 in a few percent of the values, and needs a third of the time.
+    were trained, by at most 2 of 255 in a few percent of the values, and needs half of the time.
     """
     return torch.stack([_view(image, crop, size, interpolation) for crop in crops])
 

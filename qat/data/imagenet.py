@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qat.data.check import at_least, cores, one_of
+from qat.data.check import at_least, cores, given_law, one_of
 from qat.data.crops import CropLaw, rng_for
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
 from qat.data.images import Batch, Collate, CropView, EvalView, Images, Loader, Sample, View
@@ -84,9 +84,8 @@ class ImageNetDataModule(L.LightningDataModule):
         self.seed = at_least("seed", 0 if seed is None else seed, 0)
         self.softlabels = Path(softlabels) if softlabels is not None else None
         self.softlabels_partial = softlabels_partial
-        given = {"scale": crop_scale, "ratio": crop_ratio, "flip": flip}
-        self._given_law = {name: value for name, value in given.items() if value is not None}
-        self.law = CropLaw(**self._given_law)  # type: ignore[arg-type]
+        self._given_law = given_law(crop_scale, crop_ratio, flip)
+        self.law = CropLaw(**self._given_law)
         self.train_interpolation = one_of("train_interpolation", train_interpolation, INTERPOLATIONS)
         self.on_bad_image = one_of("on_bad_image", on_bad_image, tuple(TRIES))
         self.preprocessing = preprocessing
@@ -121,10 +120,8 @@ class ImageNetDataModule(L.LightningDataModule):
         """The soft labels; QatError when they are of other images than those of training, or of another crop law."""
         if self.softlabels is None:
             return None
-        labels, folder = SoftLabels(self.softlabels), self._root() / "train"
-        labels.check_law(self._given_law)
-        labels.check_images(folder, find_images(folder), self.classes)
-        labels.check_finished(self.softlabels_partial)
+        folder, law = self._root() / "train", self._given_law
+        labels = SoftLabels.of(self.softlabels, folder, self.classes, law, self.softlabels_partial)
         log.info("soft labels of %s", labels)
         return labels
 

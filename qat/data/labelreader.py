@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from qat.data.crops import Crop, replay, rng_for
+from qat.data.folder import find_images
 from qat.data.images import Views
 from qat.data.softlabels import HARD, MARGINAL_RENORM, Header, Row, first_difference, names_in, open_store, sha256_of
 from qat.errors import QatError
@@ -36,12 +37,12 @@ class SoftLabels:
     """
 
     def __init__(self, path: Path) -> None:
+        self._opened: tuple[int, int] | None = None  # process, file descriptor
         self.path = path
         with open_store(path) as file:
             self.header = Header.from_attrs(file.attrs, path)
             self.done: npt.NDArray[np.bool_] = file["done"][:].astype(bool)
             self._offsets = [file[name].id.get_offset() for name in ("crops", "flip", "image_size")]
-        self._opened: tuple[int, int] | None = None  # process, file descriptor
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_opened": None}
@@ -49,6 +50,25 @@ class SoftLabels:
     def __del__(self) -> None:
         if self._opened is not None and self._opened[0] == os.getpid():
             os.close(self._opened[1])
+
+    @classmethod
+    def of(
+        cls, path: Path, folder: Path, classes: Sequence[str], law: Mapping[str, object], partial: bool
+    ) -> SoftLabels:
+        """The store for training on the images of ``folder``; QatError when it cannot be used for that.
+
+        Args:
+            path: of the store.
+            folder: root/train.
+            classes: in label order.
+            law: crop options that were given (scale, ratio, flip); they must be those of the store.
+            partial: an unfinished store will do.
+        """
+        labels = cls(path)
+        labels.check_law(law)
+        labels.check_images(folder, find_images(folder), classes)
+        labels.check_finished(partial)
+        return labels
 
     def row(self, index: int) -> Row:
         """The labels of one image; QatError if it has none, or if the file has changed."""

@@ -176,7 +176,10 @@ def sync(file: h5py.File) -> None:
 def open_store(path: Path, mode: str = "r") -> h5py.File:
     """The open file of a store, its attributes and data sets looked at; QatError for anything else."""
     if not path.is_file():
-        raise QatError(f"no soft labels {path}: tools/make_softlabels.py makes them")
+        raise QatError(
+            f"no soft labels {path}: tools/make_softlabels.py makes them; an online teacher does without "
+            "(--data.softlabels null --model.teacher NAME)"
+        )
     try:
         file = h5py.File(path, mode, libver=LIBVER if mode != "r" else None)
     except BlockingIOError:

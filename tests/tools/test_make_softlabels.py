@@ -1,0 +1,194 @@
+"""Making soft labels through the real command, with a tiny teacher: alone, by two processes, killed and continued."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qat import checkpoint
+from qat.data.crops import Crop, replay
+from qat.data.decode import decode
+from qat.data.folder import find_images
+from qat.data.labelreader import SoftLabels
+from qat.preprocessing import Preprocessing
+from tests.conftest import label_options
+from tools.make_softlabels import main
+
+TOOL = Path(__file__).parents[2] / "tools" / "make_softlabels.py"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(list(args)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(TOOL), *args], text=True, stderr=subprocess.PIPE, env=environment)
+
+
+@torch.no_grad()
+def test_labels_are_what_the_teacher_says_of_the_replayed_crops(images: Path, ckpt: Path, softlabels: Path) -> None:
+    store, teacher = SoftLabels(softlabels), checkpoint.load(ckpt)
+    seen = Preprocessing(**checkpoint.read(ckpt)[0].preprocessing)
+    assert store.done.all()
+    for number, path in enumerate(find_images(images / "train")):
+        row = store.row(number)
+        crops = [Crop(*box, flip) for box, flip in zip(row.boxes.tolist(), row.flips.tolist(), strict=True)]
+        views = replay(decode(images / "train" / path), crops, seen.size, seen.interpolation)
+        probs, classes = teacher(seen.normalize(views)).softmax(-1).topk(2)
+        assert np.array_equal(row.classes, classes)
+        np.testing.assert_allclose(row.probs, probs, atol=3e-4)  # half precision
+        assert row.image_size == (40, 44)
+
+
+def test_the_same_command_again_changes_nothing(images: Path, ckpt: Path, softlabels: Path) -> None:
+    before = softlabels.read_bytes()
+    assert main(label_options(images, ckpt, softlabels)) == 0
+    assert softlabels.read_bytes() == before
+
+
+def test_workers_change_nothing(images: Path, ckpt: Path, softlabels: Path, tmp_path: Path) -> None:
+    assert main(label_options(images, ckpt, tmp_path / "labels.h5", workers=2)) == 0
+    assert (tmp_path / "labels.h5").read_bytes() == softlabels.read_bytes()
+
+
+def test_two_processes_make_the_same_bytes(images: Path, ckpt: Path, softlabels: Path, tmp_path: Path) -> None:
+    process = start(*label_options(images, ckpt, tmp_path / "labels.h5", devices=2))
+    assert process.communicate(timeout=300)[1]
+    assert process.returncode == 0
+    assert (tmp_path / "labels.h5").read_bytes() == softlabels.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.h5"]
+
+
+SLOW = """
+import sys, time
+from qat.data import labelblocks
+pieces = labelblocks.Blocks.pieces
+def slowly(self, block):
+    time.sleep(0.2)
+    yield from pieces(self, block)
+labelblocks.Blocks.pieces = slowly
+from tools.make_softlabels import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    images: Path, ckpt: Path, softlabels: Path, tmp_path: Path, devices: int
+) -> None:
+    out = tmp_path / "labels.h5"
+    args = label_options(images, ckpt, out, devices=devices, flush_seconds=0.3)
+    if devices == 1:  # slowed down, so that the kill falls into the work
+        process = subprocess.Popen([sys.executable, "-c", SLOW, *args], cwd=TOOL.parents[1], start_new_session=True)
+    else:
+        process = subprocess.Popen([sys.executable, str(TOOL), *args], start_new_session=True)
+    watched = out if devices == 1 else tmp_path / "labels.h5.rank0"
+    while not watched.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.9 if devices == 1 else 0.0)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    missing = 24 - int(SoftLabels(out).done.sum())
+    assert devices == 2 or 0 < missing < 24
+    assert main(label_options(images, ckpt, out)) == 0  # one process takes over what two have left
+    assert out.read_bytes() == softlabels.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.h5"]
+
+
+def test_other_options_are_refused_by_name(
+    images: Path, ckpt: Path, softlabels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = softlabels.read_bytes()
+    changed = label_options(images, ckpt, softlabels, crops=7, temperature=2.0, seed=5)
+    line = fails(capsys, *changed)
+    assert "begun with other options (temperature 1.0 -> 2.0, crops 6 -> 7, seed 0 -> 5)" in line
+    assert softlabels.read_bytes() == before
+
+
+def test_other_images_are_refused_by_the_first_that_differs(
+    images: Path, ckpt: Path, softlabels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images/train/bee/3.png").rename(tmp_path / "images/train/bee/new.png")
+    line = fails(capsys, *label_options(tmp_path / "images", ckpt, softlabels))
+    assert "'bee/4.png' is here where the labels have 'bee/3.png'" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teacher": "deit_tinny"}, "timm 1.* has no model 'deit_tinny'"),
+        (
+            {"teacher": "deit_small_patch16_224"},
+            "teacher is deit_small_.*, but .* is a checkpoint of deit_tiny",
+        ),
+        ({"teacher_checkpoint": "pretrained", "data.root": "nowhere"}, "nowhere"),
+        ({"topk": 4}, r"topk is 4: choose 1\.\.3"),
+        ({"label_type": "hard"}, "hard labels are one class"),
+        ({"crops": 0}, "crops is 0"),
+        ({"out": "/nowhere/labels.h5"}, "there is no folder /nowhere"),
+        ({"crop": 3}, "crop"),
+        ({"crop_scale": "[0.5,2.0]"}, "crop scale is"),
+    ],
+    ids=str,
+)
+def test_bad_options_end_in_one_line(
+    images: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], words: str
+) -> None:
+    line = fails(capsys, *label_options(images, ckpt, tmp_path / "labels.h5", **changes))
+    assert line.startswith("make_softlabels: error: ")
+    assert re.search(words, line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unreadable_image_stops_the_work_or_is_left_out(
+    images: Path, ckpt: Path, softlabels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "images", tmp_path / "labels.h5"
+    shutil.copytree(images, root)
+    broken = root / "train" / "bee" / "3.png"
+    good = broken.read_bytes()
+    broken.write_text("<html>")
+    line = fails(capsys, *label_options(root, ckpt, out))
+    assert f"cannot read {broken}: not an image; repair it, or set on_bad_image skip" in line
+    assert SoftLabels(out).done.sum() == 11  # what came before is kept
+    assert main(label_options(root, ckpt, out, on_bad_image="skip")) == 0
+    assert np.flatnonzero(~SoftLabels(out).done).tolist() == [11]
+    broken.write_bytes(good)
+    assert main(label_options(root, ckpt, out)) == 0
+    assert out.read_bytes() == softlabels.read_bytes()
+
+
+def test_options_come_from_a_file_too(images: Path, ckpt: Path, softlabels: Path, tmp_path: Path) -> None:
+    words = label_options(images, ckpt, tmp_path / "labels.h5")
+    lines = [f"{name.removeprefix('--').replace('data.root', 'data')}: " for name in words[::2]]
+    text = "".join(
+        f"data: {{root: {value}}}\n" if line == "data: " else f"{line}{value}\n"
+        for line, value in zip(lines, words[1::2], strict=True)
+    )
+    (tmp_path / "labels.yaml").write_text(text)
+    assert main(["--config", str(tmp_path / "labels.yaml")]) == 0
+    assert (tmp_path / "labels.h5").read_bytes() == softlabels.read_bytes()
+
+
+def test_the_help_says_what_the_options_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for words in ("--data.root", "timm model whose probabilities are stored", "marginal_renorm", "--num_nodes"):
+        assert words in printed

@@ -1,0 +1,174 @@
+"""Soft labels of FKD, a file per image, to one HDF5 file (docs/softlabels.md).
+
+python tools/import_fkd.py SET --data.root /path/to/imagenet --teacher tf_efficientnet_l2.ns_jft_in1k_475
+       --label_type marginal_smoothing_k5 --trust_pickles true --out labels.h5
+
+SET holds imagenet/train/<class>/<image>.tar, train/<class>/<image>.tar or <class>/<image>.tar. Every image of
+data.root/train needs its file. A run that was stopped goes on when it is started again with the same options.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jsonargparse import ArgumentParser
+
+from qat.cli import set_up_logging
+from qat.data.crops import CropLaw
+from qat.data.fkd import LABEL_TYPES, LabelFolder, class_folder
+from qat.data.folder import class_names, find_images
+from qat.data.labelwriter import Writer
+from qat.data.softlabels import Header, create, first_difference, names_in, open_store, row_bytes, sha256_of
+from qat.errors import QatError, bad_input
+from qat.labelplan import SPLIT, Source, software
+from qat.preprocessing import Preprocessing
+from qat.progress import Progress
+
+log = logging.getLogger(__name__)
+UNKNOWN = {"teacher_sha256": "", "seed": -1, "batch_size": 0, "precision": "unknown"}  # a set does not say
+NAMES = {"teacher_interpolation": "interpolation", "flip_p": "flip", "top_k": "classes per crop", "num_crops": "crops"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to import, and how it was made: the files do not say, and the defaults are those of FKD.
+
+    Args:
+        labels: folder of the label files.
+        data: the images that the labels were made on.
+        teacher: name of the model that made the labels.
+        label_type: of the set.
+        out: file to write; an unfinished one goes on, if it was begun with the same options.
+        trust_pickles: read files that could run code; only for those of people you trust.
+        teacher_input_size: side of the crops that the teacher saw, pixels.
+        interpolation: how they were resized: nearest, bilinear or bicubic.
+        mean: that the teacher's input was normalised with, per channel.
+        std: likewise.
+        temperature: that logits were divided by.
+        crop_scale: lowest and highest area of a crop, as a part of the image.
+        crop_ratio: lowest and highest width / height of a crop.
+        flip: probability that a crop is mirrored left to right.
+    """
+
+    labels: Path
+    data: Source
+    teacher: str
+    label_type: Literal[
+        "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm", "marginal_renorm_k5", "smoothing",
+        "hard", "ori",
+    ]  # fmt: skip
+    out: Path
+    trust_pickles: bool = False
+    teacher_input_size: int = 475
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    temperature: float = 1.0
+    crop_scale: tuple[float, float] = (0.08, 0.936)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.out.parent.is_dir() or not os.access(self.out.parent, os.W_OK):
+            raise QatError(f"out is {self.out}: there is no folder {self.out.parent} that can be written")
+
+    def header(self, crops: int, paths: Sequence[str], classes: Sequence[str]) -> Header:
+        """What the store says of its labels; QatError for options that no teacher can have had."""
+        size, kind = self.teacher_input_size, LABEL_TYPES[self.label_type]
+        seen = Preprocessing(size, size, self.interpolation, self.mean, self.std)
+        law = CropLaw(self.crop_scale, self.crop_ratio, self.flip)
+        return Header(
+            **UNKNOWN,
+            teacher=self.teacher,
+            teacher_input_size=seen.size,
+            teacher_interpolation=seen.interpolation,
+            mean=seen.mean,
+            std=seen.std,
+            temperature=self.temperature,
+            label_type=kind.stored_as,
+            top_k=kind.top_k or len(classes),
+            num_crops=crops,
+            num_classes=len(classes),
+            crop_scale=law.scale,
+            crop_ratio=law.ratio,
+            flip_p=law.flip,
+            split=SPLIT,
+            class_list_sha256=sha256_of(classes),
+            path_list_sha256=sha256_of(paths),
+        )
+
+
+def prepare(out: Path, header: Header, paths: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Create the store, or look at the one that is there; which images lack labels; QatError if it is another."""
+    if not out.exists():
+        needed, free = len(paths) * row_bytes(header), shutil.disk_usage(out.parent).free
+        if needed > free:
+            raise QatError(f"out is {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
+        create(out, header, paths, classes, software())
+    with open_store(out) as file:
+        stored = Header.from_attrs(file.attrs, out)
+        if stored.path_list_sha256 != header.path_list_sha256:
+            difference = first_difference(names_in(file, "path"), paths)
+            raise QatError(f"out is {out}, whose labels are of other images than those of data.root: {difference}")
+        missing: list[int] = np.flatnonzero(file["done"][:] == 0).tolist()
+    pairs = [(field.name, getattr(stored, field.name), getattr(header, field.name)) for field in fields(Header)]
+    different = [f"{NAMES.get(name, name)} {theirs} -> {ours}" for name, theirs, ours in pairs if theirs != ours]
+    if different:
+        raise QatError(
+            f"out is {out}, which was begun with other options ({', '.join(different)}): "
+            "give those again to go on, or another file"
+        )
+    return missing
+
+
+def import_fkd(options: Options) -> None:
+    """Import the labels of every image that has none yet; QatError for bad input."""
+    folder = options.data.root / SPLIT
+    paths, classes = find_images(folder), class_names(folder)
+    base = class_folder(options.labels, classes)
+    source = LabelFolder(base, LABEL_TYPES[options.label_type], len(classes), options.trust_pickles)
+    source.check(paths)
+    crops = source.crops(paths[0])
+    source.row(paths[0], folder / paths[0], crops)  # a wrong label_type, before there is a file
+    todo = prepare(options.out, options.header(crops, paths, classes), paths, classes)
+    with Writer(options.out) as writer, Progress("images", len(todo)) as progress:
+        for index in todo:
+            writer.put(index, source.row(paths[index], folder / paths[index], crops))
+            progress.advance(1)
+    log.info("%s: all %d images have labels, %.1f MB", options.out, len(paths), options.out.stat().st_size / 1e6)
+
+
+def read(arguments: list[str] | None) -> Options:
+    """The options of a command line and of the YAML files that it names."""
+    parser = ArgumentParser(prog="import_fkd", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of options; later options win.")
+    parser.add_argument("labels", metavar="SET", type=Path, help="folder of the label files")
+    parser.add_class_arguments(Options, as_group=False, skip={"labels"})
+    values = parser.instantiate(parser.parse_args(arguments))
+    return Options(**{name: value for name, value in values.items() if name != "config"})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Import; 0 when that succeeded, 2 with one line on stderr for bad input."""
+    set_up_logging()
+    try:
+        import_fkd(read(arguments))
+    except (QatError, ArgumentError, ValueError) as error:
+        if (bad := bad_input(error)) is None:
+            raise
+        print(f"import_fkd: error: {' '.join(str(bad).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
