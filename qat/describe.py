@@ -97,9 +97,8 @@ def summary(model: nn.Module) -> str:
 def cost(model: nn.Module, size: int) -> Cost:
     """Size and bit operations of a model for one image of ``size`` x ``size`` pixels."""
     modules = dict(model.named_modules())
-    shapes = _input_shapes(model, size)
     bits_done = float_bits_done = 0.0
-    for name, shape in shapes.items():
+    for name, shape in _input_shapes(model, size):
         for macs, left, right in modules[name].products(shape):
             bits_done += macs * _bits(modules[f"{name}.{left}"]) * _bits(modules[f"{name}.{right}"])
             float_bits_done += macs * FLOAT_BITS**2
@@ -110,12 +109,12 @@ def cost(model: nn.Module, size: int) -> Cost:
     return Cost(stored / 8e6, parameters * FLOAT_BITS / 8e6, bits_done, float_bits_done)
 
 
-def _input_shapes(model: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
-    """Input shape, for one image, of every module that states its products."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _input_shapes(model: nn.Module, size: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and input shape of every application, for one image, of a module that states its products."""
+    shapes: list[tuple[str, tuple[int, ...]]] = []
 
     def keep(name: str, x: Tensor) -> None:
-        shapes[name] = tuple(x.shape)
+        shapes.append((name, tuple(x.shape)))
 
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))

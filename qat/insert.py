@@ -98,7 +98,7 @@ class SiteBuilder:
     def raise_for_unused_rules(self) -> None:
         """Raise QatError for the first rule that matches no site."""
         for i, rule in enumerate(self.rules):
-            if i not in self.used:
+            if i not in self.used and not rule.optional:
                 near = get_close_matches(rule.match, self.names, n=1, cutoff=0.0)
                 hint = f"; the nearest is {near[0]!r}" if near else ""
                 raise QatError(f"rule {rule.match!r} matches no site{hint}; `qat describe` lists them all")

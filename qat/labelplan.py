@@ -22,7 +22,13 @@ from qat.errors import QatError
 from qat.preprocessing import Preprocessing
 
 SPLIT = "train"
-NAMES = {"num_crops": "crops", "top_k": "topk", "flip_p": "flip", "teacher_sha256": "teacher_checkpoint"}
+NAMES = {  # of options, where the store has other ones
+    "num_crops": "crops",
+    "top_k": "topk",
+    "flip_p": "flip",
+    "teacher_sha256": "teacher_checkpoint",
+    "teacher_interpolation": "interpolation",
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,7 @@ class Options:
         for name, lowest in (("crops", 1), ("batch_size", 1), ("seed", 0), ("num_nodes", 1), ("workers", 0)):
             if (value := getattr(self, name)) is not None and value < lowest:
                 raise QatError(f"{name} is {value}: it must be at least {lowest}")
-        if not self.out.parent.is_dir() or not os.access(self.out.parent, os.W_OK):
-            raise QatError(f"out is {self.out}: there is no folder {self.out.parent} that can be written")
+        check_out(self.out)
 
     @property
     def law(self) -> CropLaw:
@@ -153,32 +158,12 @@ class Plan:
 
     def prepare(self) -> None:
         """Create the store, or go on with it and the parts that processes left; QatError if it was made otherwise."""
-        out, header = self.options.out, self.header()
-        if not out.exists():
-            needed, free = len(self.paths) * row_bytes(header), shutil.disk_usage(out.parent).free
-            if needed > free:
-                raise QatError(f"out is {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
-            self.create(out)
-        self._check(out, header)
+        prepare(self.options.out, self.header(), self.paths, class_names(self.folder))
         self.join()
 
     def create(self, path: Path) -> None:
         """An empty store of this plan."""
         create(path, self.header(), self.paths, class_names(self.folder), software())
-
-    def _check(self, out: Path, header: Header) -> None:
-        with open_store(out) as file:
-            stored = Header.from_attrs(file.attrs, out)
-            if stored.path_list_sha256 != header.path_list_sha256:
-                difference = first_difference(names_in(file, "path"), self.paths)
-                raise QatError(f"out is {out}, whose labels are of other images than {self.folder}: {difference}")
-        pairs = [(field.name, getattr(stored, field.name), getattr(header, field.name)) for field in fields(Header)]
-        different = [f"{NAMES.get(name, name)} {theirs} -> {ours}" for name, theirs, ours in pairs if theirs != ours]
-        if different:
-            raise QatError(
-                f"out is {out}, which was begun with other options ({', '.join(different)}): "
-                "give those again to go on, or another file"
-            )
 
     def part(self, rank: int) -> Path:
         """The file that one of several processes writes."""
@@ -191,6 +176,33 @@ class Plan:
             unborn.unlink()
         for part in sorted(out.parent.glob(f"{out.name}.rank*[0-9]")):
             absorb(out, part)
+
+
+def check_out(out: Path) -> None:
+    """QatError for a file that cannot be written."""
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise QatError(f"out is {out}: there is no folder {out.parent} that can be written")
+
+
+def prepare(out: Path, header: Header, paths: Sequence[str], classes: Sequence[str]) -> None:
+    """Create a store, or look at the one that is there; QatError if that was begun otherwise."""
+    if not out.exists():
+        needed, free = len(paths) * row_bytes(header), shutil.disk_usage(out.parent).free
+        if needed > free:
+            raise QatError(f"out is {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
+        create(out, header, paths, classes, software())
+    with open_store(out) as file:
+        stored = Header.from_attrs(file.attrs, out)
+        if stored.path_list_sha256 != header.path_list_sha256:
+            difference = first_difference(names_in(file, "path"), paths)
+            raise QatError(f"out is {out}, whose labels are of other images than those of data.root: {difference}")
+    pairs = [(field.name, getattr(stored, field.name), getattr(header, field.name)) for field in fields(Header)]
+    different = [f"{NAMES.get(name, name)} {theirs} -> {ours}" for name, theirs, ours in pairs if theirs != ours]
+    if different:
+        raise QatError(
+            f"out is {out}, which was begun with other options ({', '.join(different)}): "
+            "give those again to go on, or another file"
+        )
 
 
 def sha256_of_weights(model: nn.Module) -> str:

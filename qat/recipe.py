@@ -115,29 +115,36 @@ class Spec:
 
 @dataclass(frozen=True)
 class Rule:
-    """Sites whose name matches the glob ``match`` get ``spec``; ``None`` leaves them in floating point."""
+    """Sites whose name matches the glob ``match`` get ``spec``; ``None`` leaves them in floating point.
+
+    A rule that matches no site is an error, unless it is ``optional``: of layers that only some families have.
+    """
 
     match: str
     spec: Spec | None = None
+    optional: bool = False
 
     @classmethod
     def from_dict(cls, rule: Any) -> Rule:
-        """Read ``{match: glob, spec: null | {class_path, init_args}}``; QatError names what is wrong."""
+        """Read ``{match: glob, spec: null | {class_path, init_args}}``, perhaps with ``optional: true``; or QatError."""
         if not isinstance(rule, Mapping):
             raise QatError(f"rule {rule!r} is not a mapping: write {{match: GLOB, spec: ...}}")
         where = f"rule {rule.get('match', rule)!r}"
-        _check_keys(rule, ("match", "spec"), required=("match", "spec"), where=where)
+        _check_keys(rule, ("match", "spec", "optional"), required=("match", "spec"), where=where)
         if not isinstance(rule["match"], str):
             raise QatError(f"{where}: match must be a glob over site names")
+        if not isinstance(optional := rule.get("optional", False), bool):
+            raise QatError(f"{where}: optional is {optional!r}: give true or false")
         try:
             spec = None if rule["spec"] is None else spec_from_dict(rule["spec"])
         except QatError as error:
             raise QatError(f"{where}: {error}") from None
-        return cls(rule["match"], spec)
+        return cls(rule["match"], spec, optional)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
-        return {"match": self.match, "spec": self.spec and self.spec.to_dict()}
+        plain = {"match": self.match, "spec": self.spec and self.spec.to_dict()}
+        return {**plain, "optional": True} if self.optional else plain
 
 
 Recipe = Sequence[Rule]

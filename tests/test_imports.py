@@ -39,7 +39,7 @@ SIDEWAYS = {
 }
 HELPERS = {  # what the other files of a folder may import
     "quantizers": {"base", "fitting", "kernels"},
-    "models": {"build", "layers"},
+    "models": {"attention", "build", "layers"},
     "ptq": {"base"},
     "regularizers": {"base"},
     "callbacks": set(),

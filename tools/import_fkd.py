@@ -10,14 +10,12 @@ data.root/train needs its file. A run that was stopped goes on when it is starte
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jsonargparse import ArgumentParser
@@ -27,15 +25,14 @@ from qat.data.crops import CropLaw
 from qat.data.fkd import LABEL_TYPES, LabelFolder, class_folder
 from qat.data.folder import class_names, find_images
 from qat.data.labelwriter import Writer
-from qat.data.softlabels import Header, create, first_difference, names_in, open_store, row_bytes, sha256_of
+from qat.data.softlabels import Header, open_store, sha256_of
 from qat.errors import QatError, bad_input
-from qat.labelplan import SPLIT, Source, software
+from qat.labelplan import SPLIT, Source, check_out, prepare
 from qat.preprocessing import Preprocessing
 from qat.progress import Progress
 
 log = logging.getLogger(__name__)
-UNKNOWN = {"teacher_sha256": "", "seed": -1, "batch_size": 0, "precision": "unknown"}  # a set does not say
-NAMES = {"teacher_interpolation": "interpolation", "flip_p": "flip", "top_k": "classes per crop", "num_crops": "crops"}
+UNKNOWN: dict[str, Any] = {"teacher_sha256": "", "seed": -1, "batch_size": 0, "precision": "unknown"}  # not in a set
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,7 @@ class Options:
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.out.parent.is_dir() or not os.access(self.out.parent, os.W_OK):
-            raise QatError(f"out is {self.out}: there is no folder {self.out.parent} that can be written")
+        check_out(self.out)
 
     def header(self, crops: int, paths: Sequence[str], classes: Sequence[str]) -> Header:
         """What the store says of its labels; QatError for options that no teacher can have had."""
@@ -107,29 +103,6 @@ class Options:
         )
 
 
-def prepare(out: Path, header: Header, paths: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Create the store, or look at the one that is there; which images lack labels; QatError if it is another."""
-    if not out.exists():
-        needed, free = len(paths) * row_bytes(header), shutil.disk_usage(out.parent).free
-        if needed > free:
-            raise QatError(f"out is {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
-        create(out, header, paths, classes, software())
-    with open_store(out) as file:
-        stored = Header.from_attrs(file.attrs, out)
-        if stored.path_list_sha256 != header.path_list_sha256:
-            difference = first_difference(names_in(file, "path"), paths)
-            raise QatError(f"out is {out}, whose labels are of other images than those of data.root: {difference}")
-        missing: list[int] = np.flatnonzero(file["done"][:] == 0).tolist()
-    pairs = [(field.name, getattr(stored, field.name), getattr(header, field.name)) for field in fields(Header)]
-    different = [f"{NAMES.get(name, name)} {theirs} -> {ours}" for name, theirs, ours in pairs if theirs != ours]
-    if different:
-        raise QatError(
-            f"out is {out}, which was begun with other options ({', '.join(different)}): "
-            "give those again to go on, or another file"
-        )
-    return missing
-
-
 def import_fkd(options: Options) -> None:
     """Import the labels of every image that has none yet; QatError for bad input."""
     folder = options.data.root / SPLIT
@@ -139,7 +112,9 @@ def import_fkd(options: Options) -> None:
     source.check(paths)
     crops = source.crops(paths[0])
     source.row(paths[0], folder / paths[0], crops)  # a wrong label_type, before there is a file
-    todo = prepare(options.out, options.header(crops, paths, classes), paths, classes)
+    prepare(options.out, options.header(crops, paths, classes), paths, classes)
+    with open_store(options.out) as file:
+        todo = np.flatnonzero(file["done"][:] == 0).tolist()
     with Writer(options.out) as writer, Progress("images", len(todo)) as progress:
         for index in todo:
             writer.put(index, source.row(paths[index], folder / paths[index], crops))

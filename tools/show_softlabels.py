@@ -1,15 +1,16 @@
 """What a store of soft labels says of one image: its crops, as a student sees them, and their most probable classes.
 
-python tools/show_softlabels.py labels.h5 --data.root /path/to/imagenet [--image N_OR_PATH] [--crops 6]
-       --output picture.png
+python tools/show_softlabels.py labels.h5 --data.root /path/to/imagenet --output picture.png [--image N_OR_PATH]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from qat.data.labelreader import SoftLabels, check_size, recover
 from qat.data.softlabels import Row
 from qat.errors import QatError
 
-SIZE = 224  # side of a crop, pixels
-TOP = 5
-NAME = 30  # characters of a class name that fit beside its probability
+CROPS, TOP, SIZE = 6, 5, 224  # at most: crops, classes of each; side of a crop, pixels
+NAME = 30  # characters of a class name that fit on its bar
 COLUMNS = 2  # of crops
-CELL = (4.9, 1.95)  # inches of a crop with its bars
+MARGIN, HEAD, GAP = 0.25, 1.0, 0.2  # inches: around the picture, of its title, between its parts
+IMAGE, VIEW, BARS = 6.2, 1.75, 3.05  # inches: most of the image, side of a crop, width of its bars
+TAG, WIDE_TAG = 0.24, 0.44  # inches of a number, and of one with a mark
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#7b3fb5", "#c0202c", "#2f9fd0")
 MIRRORED = "\N{RIGHTWARDS ARROW OVER LEFTWARDS ARROW}"
-GREY = "#555555"
+STYLE: dict[str, Any] = {"color": "white", "weight": "bold", "fontsize": 10}  # of numbers
+INFO = cache(ImageNetInfo)  # reads files
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -42,7 +45,7 @@ class Shown:
     number: int  # from 1
     crop: Crop
     pixels: Tensor  # (3, SIZE, SIZE) uint8
-    labels: list[tuple[str, float]]  # class and probability, most probable first
+    labels: list[tuple[str, float, bool]]  # class, probability, whether it is the true one; most probable first
 
     @property
     def colour(self) -> str:
@@ -51,7 +54,7 @@ class Shown:
 
     @property
     def title(self) -> str:
-        """Its number, with a mark if it is mirrored."""
+        """Its number and, if it is mirrored, a mark."""
         return f"{self.number} {MIRRORED}" if self.crop.flip else str(self.number)
 
 
@@ -68,7 +71,7 @@ class Scene:
 
 def described(name: str) -> str:
     """A class in words: the first synonym of an ImageNet class, the name of another."""
-    words = ImageNetInfo().label_name_to_description(name).partition(",")[0] if name in wnids() else name
+    words = INFO().label_name_to_description(name).partition(",")[0] if name in wnids() else name
     return words if len(words) <= NAME else words[: NAME - 1].rstrip() + "…"
 
 
@@ -78,65 +81,60 @@ def find(asked: str | None, folder: Path, paths: Sequence[str], labels: SoftLabe
         return int(labels.done.argmax())
     if asked.isdecimal() and int(asked) < len(paths):
         return int(asked)
-    path = Path(asked)
-    names = [path.as_posix()]
-    if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
-        names.append(path.resolve().relative_to(folder.resolve()).as_posix())
-    for name in names:
+    for name in (Path(asked).as_posix(), Path(os.path.relpath(asked, folder)).as_posix()):
         if name in paths:
             return paths.index(name)
     raise QatError(f"image is {asked!r}: give a number, 0..{len(paths) - 1}, or a path such as {folder / paths[0]}")
 
 
-def look(store: Path, root: Path, image: str | None, count: int) -> Scene:
+def look(store: Path, root: Path, image: str | None, count: int | None) -> Scene:
     """Read an image and the labels of its first crops; QatError for a store that is of other images."""
     labels, folder = SoftLabels(store), root / "train"
     paths, classes = find_images(folder), class_names(folder)
     labels.check_images(folder, paths, classes)
     labels.check_finished(partial=True)
+    count = min(CROPS, labels.header.num_crops) if count is None else count
     if not 1 <= count <= labels.header.num_crops:
         raise QatError(f"crops is {count}: choose 1..{labels.header.num_crops}, which {store} has of an image")
     index = find(image, folder, paths, labels)
-    row, path = labels.row(index), folder / paths[index]
+    path, true = folder / paths[index], paths[index].partition("/")[0]
+    row = labels.row(index).take(np.arange(count))
     row.check(labels.header.num_classes)
     try:
         pixels = decode(path)
     except Exception as error:  # Pillow has no common base
         raise QatError(f"cannot read {path}: {reason(error)}; choose another image") from None
     check_size(row.image_size, (pixels.shape[1], pixels.shape[2]), f"{path}: ")
-    crops = shown(pixels, row.take(np.arange(count)), labels, classes)
-    return Scene(paths[index], pixels, described(paths[index].partition("/")[0]), str(labels), crops)
+    return Scene(paths[index], pixels, described(true), str(labels), shown(pixels, row, labels, classes, true))
 
 
-def shown(pixels: Tensor, row: Row, labels: SoftLabels, classes: Sequence[str]) -> list[Shown]:
+def shown(pixels: Tensor, row: Row, labels: SoftLabels, classes: Sequence[str], true: str) -> list[Shown]:
     """The crops of a row, replayed, with their labels as they are trained on."""
-    boxes = zip(row.boxes.tolist(), row.flips.tolist(), strict=True)
-    crops = [Crop(*box, flip) for box, flip in boxes]
+    crops = [Crop(*box, flip) for box, flip in zip(row.boxes.tolist(), row.flips.tolist(), strict=True)]
     recovered = recover(labels.header, row.classes, row.probs)
     made = []
     for i, view in enumerate(replay(pixels, crops, SIZE, "bilinear")):
-        top = zip(recovered.classes[i].tolist(), recovered.probs[i].tolist(), strict=True)
-        named = [(described(classes[number]), prob) for number, prob in list(top)[:TOP]]
+        top = zip(recovered.classes[i, :TOP].tolist(), recovered.probs[i, :TOP].tolist(), strict=True)
+        named = [(described(classes[number]), prob, classes[number] == true) for number, prob in top]
         made.append(Shown(i + 1, crops[i], view, named))
     return made
 
 
 def tags(crops: Sequence[Crop], widths: Sequence[float], height: float, image: tuple[int, int]) -> list[Box]:
-    """Where the numbers of boxes go: in a corner of the box, or along its upper edge, where no other number is."""
+    """Where the numbers of boxes go: in a corner of the box, or elsewhere in it, where no other number is."""
     placed: list[Box] = []
     for crop, width in zip(crops, widths, strict=True):
-        rights = [crop.left + crop.width, *np.arange(crop.left + width, crop.left + crop.width, width / 2)]
-        lefts = [crop.left, *(right - width for right in rights)]
-        tops = [crop.top, crop.top + crop.height - height, *np.arange(crop.top, crop.top + crop.height, height)]
-        places = [(left, top) for top in tops for left in lefts]
-        inside = [(min(max(x, 0), image[1] - width), min(max(y, 0), image[0] - height)) for x, y in places]
+        right, bottom = crop.left + crop.width - width, crop.top + crop.height - height
+        lefts = [crop.left, right, *np.arange(crop.left, right, width / 2)]
+        tops = [crop.top, bottom, *np.arange(crop.top, bottom, height)]
+        inside = [(max(0, min(x, image[1] - width)), max(0, min(y, image[0] - height))) for y in tops for x in lefts]
         boxes = [(x, y, x + width, y + height) for x, y in inside]
-        placed.append(next((box for box in boxes if not any(overlap(box, other) for other in placed)), boxes[0]))
+        placed.append(next((a for a in boxes if not any(overlap(a, b) for b in placed)), boxes[0]))
     return placed
 
 
 def overlap(a: Box, b: Box) -> bool:
-    """Whether two boxes share a point."""
+    """Whether two boxes share more than an edge."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
@@ -145,53 +143,107 @@ def draw_image(axes: Any, scene: Scene, inches: float) -> None:
     from matplotlib.patches import Rectangle
 
     _, height, width = scene.pixels.shape
-    axes.imshow(scene.pixels.permute(1, 2, 0).numpy(), aspect="equal", interpolation="antialiased")
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axes.imshow(scene.pixels.permute(1, 2, 0).numpy(), aspect="auto")
     axes.axis("off")
     inch = width / inches  # pixels of the image
-    sizes = [(0.42 if shown.crop.flip else 0.24) * inch for shown in scene.crops]
-    places = tags([shown.crop for shown in scene.crops], sizes, 0.24 * inch, (height, width))
+    for shown in scene.crops:
+        box = (shown.crop.left - 0.5, shown.crop.top - 0.5), shown.crop.width, shown.crop.height
+        axes.add_patch(Rectangle(*box, fill=False, edgecolor="white", linewidth=3.8))
+        axes.add_patch(Rectangle(*box, fill=False, edgecolor=shown.colour, linewidth=2, zorder=2))
+    sizes = [(WIDE_TAG if shown.crop.flip else TAG) * inch for shown in scene.crops]
+    places = tags([shown.crop for shown in scene.crops], sizes, TAG * inch, (height, width))
     for shown, (left, top, right, bottom) in zip(scene.crops, places, strict=True):
-        crop, corner = shown.crop, (shown.crop.left - 0.5, shown.crop.top - 0.5)
-        for colour, line in (("white", 3.6), (shown.colour, 2.0)):
-            axes.add_patch(Rectangle(corner, crop.width, crop.height, fill=False, edgecolor=colour, linewidth=line))
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, facecolor=shown.colour, zorder=3))
-        middle = (left + right) / 2, (top + bottom) / 2
-        axes.text(*middle, shown.title, color="white", weight="bold", fontsize=10, ha="center", va="center", zorder=4)
+        axes.text((left + right) / 2, (top + bottom) / 2, shown.title, ha="center", va="center", **STYLE, zorder=4)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
-def draw_crop(view: Any, bars: Any, shown: Shown, true: str) -> None:
+def draw_crop(view: Any, bars: Any, shown: Shown) -> None:
     """A crop and, beside it, its classes as bars with their names on them; the true class is bold."""
     view.imshow(shown.pixels.permute(1, 2, 0).numpy())
     view.set(xticks=[], yticks=[])
     for spine in view.spines.values():
         spine.set(color=shown.colour, linewidth=2.5)
-    view.text(8, 8, shown.title, color="white", weight="bold", fontsize=10, va="top",
-              bbox={"facecolor": shown.colour, "edgecolor": "none", "pad": 3})  # fmt: skip
-    bars.set(xlim=(0, 1), ylim=(TOP - 0.5, -0.5))
+    frame = {"facecolor": shown.colour, "edgecolor": "none", "pad": 3}
+    view.text(10, 10, shown.title, va="top", bbox=frame, **STYLE)
+    bars.set(xlim=(0, 1.22), ylim=(TOP - 0.5, -0.5))
     bars.axis("off")
-    for place, (name, prob) in enumerate(shown.labels):
-        weight = "bold" if name == true else "normal"
+    for place, (name, prob, true) in enumerate(shown.labels):
+        weight = "bold" if true else "normal"
         bars.barh(place, 1, height=0.8, color="#f1f1f1")
         bars.barh(place, prob, height=0.8, color=shown.colour, alpha=0.38)
         bars.text(0.02, place, name, va="center", fontsize=9, weight=weight)
-        bars.text(0.98, place, f"{100 * prob:.1f} %", va="center", ha="right", fontsize=9, weight=weight)
+        bars.text(1.22, place, f"{100 * prob:.1f} %", va="center", ha="right", fontsize=9, weight=weight)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A figure whose parts are placed in inches from its upper left corner."""
+
+    figure: Any
+    width: float
+    height: float
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Any:
+        """A new part."""
+        bottom = self.height - top - height
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
+
+    def text(self, left: float, top: float, content: str, **style: Any) -> None:
+        """Write something."""
+        self.figure.text(left / self.width, 1 - top / self.height, content, va="top", **style)
+
+
+def compose(scene: Scene, figure: Any) -> None:
+    """Lay the image, its crops and the title out on a figure."""
+    height, width = scene.pixels.shape[1:]
+    columns = min(COLUMNS, len(scene.crops))
+    tall = max(-(-len(scene.crops) // columns) * (VIEW + GAP) - GAP, 2 * VIEW)
+    inch = max(width / IMAGE, height / tall)  # pixels of the image
+    right = MARGIN + max(width / inch, VIEW) + 2 * GAP  # of the image
+    cell = VIEW + GAP / 2 + BARS + 2 * GAP
+    sheet = Sheet(figure, right + columns * cell - 2 * GAP + MARGIN, HEAD + tall + MARGIN)
+    figure.set_size_inches(sheet.width, sheet.height)
+    sheet.text(MARGIN, 0.16, scene.true, fontsize=15, weight="bold")
+    about = f"{scene.path}, {width} x {height} pixels\n{scene.store}; {MIRRORED} is a mirrored crop"
+    sheet.text(MARGIN, 0.48, about, fontsize=9, color="#555555", linespacing=1.4)
+    draw_image(sheet.axes(MARGIN, HEAD, width / inch, height / inch), scene, width / inch)
+    for place, shown in enumerate(scene.crops):
+        left, top = right + place % columns * cell, HEAD + place // columns * (VIEW + GAP)
+        view, bars = sheet.axes(left, top, VIEW, VIEW), sheet.axes(left + VIEW + GAP / 2, top, BARS, VIEW)
+        draw_crop(view, bars, shown)
 
 
 def draw(scene: Scene, output: Path) -> None:
     """Write the picture; QatError when that cannot be."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise QatError(f"the picture needs matplotlib ({error}): pip install 'qat[demo]'") from error
-    rows = -(-len(scene.crops) // COLUMNS)
-    _, height, width = scene.pixels.shape
-    tall = max(rows, 2) * CELL[1]
-    wide = min(max(tall * width / height, 3.5), 6.5)
-    figure = pyplot.figure(figsize=(wide + COLUMNS * CELL[0], tall + 0.8))
-    figure.text(0.5, 0.985, scene.true, fontsize=15, weight="bold", va="top", ha="center")
-    figure.savefig(output, dpi=100)
-    pyplot.close(figure)
+    figure = Figure(dpi=110)
+    compose(scene, figure)
+    try:
+        figure.savefig(output)
+    except (OSError, ValueError) as error:
+        raise QatError(f"cannot write {output}: {reason(error)}; give another --output, such as labels.png") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw; 0 when that succeeded, 2 with one line on stderr for bad input."""
+    parser = argparse.ArgumentParser(prog="show_softlabels", description="Draw an image and the labels of its crops.")
+    parser.add_argument("labels", type=Path, help="store of soft labels")
+    parser.add_argument("--data.root", dest="root", type=Path, required=True, help="folder with train/<class>/*")
+    parser.add_argument("--image", help="number of an image, or its path; the first with labels when left out")
+    parser.add_argument("--crops", type=int, help=f"how many of its crops (default: {CROPS})")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write")
+    args = parser.parse_args(arguments)
+    try:
+        draw(look(args.labels, args.root, args.image, args.crops), args.output)
+    except QatError as error:
+        print(f"show_softlabels: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

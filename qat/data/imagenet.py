@@ -21,7 +21,7 @@ from qat.data.crops import CropLaw, rng_for
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
 from qat.data.images import Batch, Collate, CropView, EvalView, Images, Loader, Sample, View
 from qat.data.labelreader import ReplayView, SoftLabels
-from qat.data.order import Batches, batches_per_pass, crop_passes, shuffled
+from qat.data.order import Batches, batches_done, batches_per_pass, crop_passes, shuffled
 from qat.errors import QatError
 from qat.preprocessing import INTERPOLATIONS, Preprocessing
 
@@ -147,28 +147,18 @@ class ImageNetDataModule(L.LightningDataModule):
         if getattr(self.trainer, "reload_dataloaders_every_n_epochs", 1) != 1:
             raise QatError("trainer.reload_dataloaders_every_n_epochs must be 1: each pass has a loader of its own")
         self._epoch = epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        crops = self._crops(epoch)
-        size, how = self._preprocessing().size, self.train_interpolation
-        if self.labels is None:
-            view: View = CropView(self.law, size, how, crops, self.seed, epoch)
-        else:
-            before = sum(self._crops(earlier) for earlier in range(epoch))
-            view = ReplayView(self.labels, self._trained(), size, how, crops, self.seed, before)
-        images = self._split("train", view, TRIES[self.on_bad_image], self._trained())
+        images = self._split("train", self._training_view(epoch), TRIES[self.on_bad_image], self._trained())
         order = shuffled(len(images), self.seed, epoch, *self._rank())
-        return self._loader(images, batch_sampler=Batches(order, self.batch_size // crops, self._done(epoch)))
+        done = batches_done(self._resumed, epoch, self._order(epoch))
+        return self._loader(images, batch_sampler=Batches(order, self.batch_size // self._crops(epoch), done))
 
-    def _done(self, epoch: int) -> int:
-        """Batches of this pass that a resumed run has behind it; QatError when they were of another size."""
-        if epoch != self._resumed["epoch"] or not self._resumed["batches"]:
-            return 0
-        for name, now in self._order(epoch).items():
-            if (then := self._resumed.get(name, now)) != now:
-                raise QatError(
-                    f"data: {name} is {now}, but the checkpoint was taken in the middle of a pass with {then}: "
-                    "go on with that, or from a checkpoint of the end of a pass"
-                )
-        return self._resumed["batches"]
+    def _training_view(self, epoch: int) -> View:
+        """Stored crops where there are soft labels, else new ones."""
+        size, how, crops = self._preprocessing().size, self.train_interpolation, self._crops(epoch)
+        if self.labels is None:
+            return CropView(self.law, size, how, crops, self.seed, epoch)
+        before = sum(self._crops(earlier) for earlier in range(epoch))
+        return ReplayView(self.labels, self._trained(), size, how, crops, self.seed, before)
 
     def state_dict(self) -> dict[str, Any]:
         """The pass and how many of its batches are done, for a run that is resumed in the middle of a pass."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from qat.data.crops import rng_for
+from qat.errors import QatError
 
 
 def crop_passes(crop_epochs: int, crops: int) -> list[int]:
@@ -27,6 +29,26 @@ def shuffled(images: int, seed: int, epoch: int, rank: int = 0, world_size: int 
     """This rank's indices in one pass; the permutation is wrapped round until all ranks have equally many."""
     order = rng_for(seed, epoch, images).permutation(images)  # no image has the index `images`: a stream of its own
     return np.resize(order, math.ceil(images / world_size) * world_size)[rank::world_size]
+
+
+def batches_done(resumed: Mapping[str, Any], epoch: int, now: Mapping[str, Any]) -> int:
+    """Batches of pass ``epoch`` that a resumed run has behind it.
+
+    Args:
+        resumed: pass, its finished batches, and what their order depended on.
+        epoch: the pass that begins.
+        now: what the order depends on now; QatError when a pass that goes on would go on otherwise.
+    """
+    if epoch != resumed["epoch"] or not resumed["batches"]:
+        return 0
+    for name, value in now.items():
+        if (then := resumed.get(name, value)) != value:
+            raise QatError(
+                f"data: {name} is {value}, but the checkpoint was taken in the middle of a pass with {then}: "
+                "go on with that, or from a checkpoint of the end of a pass"
+            )
+    done: int = resumed["batches"]
+    return done
 
 
 class Batches(Sampler[list[int]]):

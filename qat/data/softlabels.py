@@ -109,7 +109,8 @@ class Row(NamedTuple):
         boxes, (height, width) = self.boxes.astype(np.int64), self.image_size
         ends = boxes[:, :2] + boxes[:, 2:]
         inside = (boxes[:, 2:] > 0).all() and (ends <= (height, width)).all()
-        if not inside or (self.classes >= num_classes).any() or not np.isfinite(self.probs).all():
+        certain = ((self.probs >= 0) & (self.probs <= 1)).all() and (self.probs[:, 0] > 0).all()  # False for NaN
+        if not inside or not certain or (self.classes >= num_classes).any():
             raise QatError("its soft labels are damaged: a box, a class or a probability is impossible")
 
 

@@ -44,8 +44,8 @@ class QuantLinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
     def products(self, shape: tuple[int, ...]) -> list[Product]:
-        """The products for one image, from the shape of an input with a batch axis."""
-        return [Product(prod(shape[1:]) * self.out_features, "input_quant", "weight_quant")]
+        """The products of one application, from the shape of its input."""
+        return [Product(prod(shape) * self.out_features, "input_quant", "weight_quant")]
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -81,9 +81,9 @@ class QuantConv2d(nn.Module):
         return F.conv2d(x, weight, self.bias, **self.options)
 
     def products(self, shape: tuple[int, ...]) -> list[Product]:
-        """The products for one image, from the shape of an input with a batch axis."""
-        out = F.conv2d(self.weight.new_zeros(1, *shape[1:], device="meta"), self.weight.to("meta"), **self.options)
-        return [Product(out[0].numel() * self.weight[0].numel(), "input_quant", "weight_quant")]
+        """The products of one application, from the shape of its input."""
+        out = F.conv2d(self.weight.new_zeros(*shape, device="meta"), self.weight.to("meta"), **self.options)
+        return [Product(out.numel() * self.weight[0].numel(), "input_quant", "weight_quant")]
 
     def extra_repr(self) -> str:
         """Weight shape and options, for ``print(model)``."""

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
-import torch.nn.functional as F
 from timm.layers import Attention, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from qat.describe import Product
 from qat.errors import QatError
 from qat.insert import SiteBuilder, family, swap_children, swaps
-from qat.models.layers import QuantLinear
-from qat.quantizers import FloatSite, product
+from qat.models.attention import QuantHeads
 
 
 @family(VisionTransformer, VisionTransformerDistilled)
@@ -54,65 +50,20 @@ class QuantBlock(nn.Module):
 
 
 @swaps(Attention)
-class QuantAttention(nn.Module):
-    """Self-attention with a site on every operand of its matrix products.
-
-    The scores are written out, because fused attention has no place for ``probs_quant``; while neither scores nor
-    probabilities are quantised, fused attention is used.
-    """
+class QuantAttention(QuantHeads):
+    """Self-attention of all tokens."""
 
     def __init__(self, attn: Attention, site: SiteBuilder) -> None:
-        super().__init__()
         if attn.gate is not None:
             raise QatError(f"{site.prefix}gate: gated attention is not reproduced")
-        H, D = attn.num_heads, attn.head_dim
-        self.num_heads, self.head_dim, self.attn_dim, self.scale = H, D, H * D, attn.scale
-        self.qkv = QuantLinear(attn.qkv, site.child("qkv"), weight_cuts={"qkv": (0, 3), "head": (0, 3 * H)})
-        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
-        self.q_quant = site.activation("q_quant", head=(1, H), channel=(-1, D))
-        self.k_quant = site.activation("k_quant", head=(1, H), channel=(-1, D))
-        self.v_quant = site.activation("v_quant", head=(1, H), channel=(-1, D))
-        self.scores_quant = site.activation("scores_quant", head=(1, H))
-        self.probs_quant = site.activation("probs_quant", head=(1, H))
-        self.attn_drop, self.norm = attn.attn_drop, attn.norm
-        self.proj = QuantLinear(attn.proj, site.child("proj"), {"head": (1, H)}, {"head": (-1, H)})
-        self.proj_drop = attn.proj_drop
+        super().__init__(attn, site, attn.num_heads, attn.head_dim, attn.scale)
+        self.q_norm, self.k_norm, self.norm, self.proj_drop = attn.q_norm, attn.k_norm, attn.norm, attn.proj_drop
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, C) to (B, N, C)."""
         B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D)
-        x = self._attend(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal)  # (B, H, N, D)
+        q, k, v = self.heads(x)
+        x = self.attend(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal)  # (B, H, N, D)
         x = self.norm(x.transpose(1, 2).reshape(B, N, self.attn_dim))
         out: Tensor = self.proj_drop(self.proj(x))
         return out
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if isinstance(self.scores_quant, FloatSite) and isinstance(self.probs_quant, FloatSite):
-            dropout = self.attn_drop.p if self.training else 0.0
-            q, k, v = self.q_quant(q), self.k_quant(k), self.v_quant(v)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-        scores = self.scores_quant(product(self._scores, (self.q_quant, q), (self.k_quant, k)))  # (B, H, N, N)
-        if is_causal:  # a mask comes after scores_quant, which would clip -inf
-            scores = scores + scores.new_full(scores.shape[-2:], float("-inf")).triu_(1)
-        elif attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
-        elif attn_mask is not None:
-            scores = scores + attn_mask
-        return product(self._mix, (self.probs_quant, scores.softmax(-1)), (self.v_quant, v))
-
-    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Scale inside the product: q * scale would be one more tensor to keep for backward."""
-        flat, zero = (q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)), q.new_zeros(())
-        scores: Tensor = torch.baddbmm(zero, *flat, beta=0, alpha=self.scale).unflatten(0, q.shape[:2])
-        return scores
-
-    def _mix(self, probs: Tensor, v: Tensor) -> Tensor:
-        dropped: Tensor = self.attn_drop(probs)
-        return dropped @ v
-
-    def products(self, shape: tuple[int, ...]) -> list[Product]:
-        """The two products between tokens for one image, from the shape (B, N, C) of an input."""
-        macs = shape[1] ** 2 * self.attn_dim
-        return [Product(macs, "q_quant", "k_quant"), Product(macs, "probs_quant", "v_quant")]

@@ -98,7 +98,7 @@ def test_a_box_is_the_one_that_a_replay_cuts_out(dtype):
 def test_a_box_leaves_the_image_by_rounding_only():
     fractions = np.array([[0, 0.25 + 2**-12, 1, 0.75]])  # ends at 4097; in half precision the true end may be 4095.5
     assert pixel_boxes(fractions.astype(np.float16), 10, 4096).tolist() == [[0, 1025, 10, 3071]]
-    with pytest.raises(QatError, match="crop 0, .* leaves its image of 4096 x 10"):
+    with pytest.raises(QatError, match=r"crop 0, .* leaves its image of 4096 x 10"):
         pixel_boxes(fractions.astype(np.float32), 10, 4096)
 
 
@@ -106,7 +106,7 @@ def test_a_box_leaves_the_image_by_rounding_only():
     "box", [[0, 0, 0.001, 1], [0, 0, 1, 0], [-0.1, 0, 0.5, 0.5], [0.6, 0, 0.6, 1], [0, 0, 1, np.nan]]
 )
 def test_an_impossible_box_is_refused(box):
-    with pytest.raises(QatError, match="the box of crop 1, .* is empty or leaves its image of 50 x 40"):
+    with pytest.raises(QatError, match=r"the box of crop 1, .* is empty or leaves its image of 50 x 40"):
         pixel_boxes(np.array([BOX, box], np.float32), 40, 50)
 
 
@@ -184,7 +184,7 @@ def test_a_file_of_other_content_is_refused(change, message, folder, tmp_path):
 def test_a_pickle_is_read_only_when_trusted(protocol, tmp_path):
     file = tmp_path / "0.tar"
     torch.save(content("hard"), file, pickle_protocol=protocol)
-    with pytest.raises(QatError, match="can run code .* trust_pickles true") as caught:
+    with pytest.raises(QatError, match=r"can run code .* trust_pickles true") as caught:
         load(file, trust_pickles=False)
     assert "\n" not in str(caught.value)
     assert np.array_equal(load(file, trust_pickles=True)[0], content("hard")[0])
