@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 
 def decode(path: Path) -> Tensor:
@@ -32,6 +33,15 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_image(pixels: Tensor) -> Image.Image:
     """What `to_tensor` was made of."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def new_images(count: int, size: int) -> Tensor:
+    """Memory for uint8 (count, 3, size, size); in a worker it is shared, so that a batch is not copied on its way."""
+    shape = (count, 3, size, size)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(torch.Size(shape).numel())
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def reason(error: Exception) -> str:

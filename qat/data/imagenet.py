@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from qat.data.check import at_least, cores, given_law, one_of
 from qat.data.crops import CropLaw, rng_for
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
-from qat.data.images import Batch, Collate, CropView, EvalView, Images, Loader, Sample, View
+from qat.data.images import Batch, CropView, EvalView, Images, Loader, View, as_it_is
 from qat.data.labelreader import ReplayView, SoftLabels
 from qat.data.order import Batches, batches_done, batches_per_pass, crop_passes, shuffled
 from qat.errors import QatError
@@ -142,7 +142,7 @@ class ImageNetDataModule(L.LightningDataModule):
         find_images(self._root() / "val")
         log.info("%d classes in %s", self.num_classes, self.root)
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """The pass ``trainer.current_epoch``; past the last pass, more of crops_per_image each."""
         if getattr(self.trainer, "reload_dataloaders_every_n_epochs", 1) != 1:
             raise QatError("trainer.reload_dataloaders_every_n_epochs must be 1: each pass has a loader of its own")
@@ -182,11 +182,11 @@ class ImageNetDataModule(L.LightningDataModule):
             log.warning("%d unreadable images, skipped %d times", len(self.bad_images), self.bad_images.total())
         self._resumed = {"epoch": 0, "batches": 0}
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation image once, in order, spread over the ranks; evaluation transform."""
         return self._evaluation(self._split("val", EvalView(self._preprocessing())))
 
-    def predict_dataloader(self) -> DataLoader[Sample]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """Every image of the prediction folder once, in order, spread over the ranks; all labels are -1."""
         folder = self._prediction_folder()
         view = EvalView(self._preprocessing())
@@ -230,15 +230,15 @@ class ImageNetDataModule(L.LightningDataModule):
         labels, paths = {name: label for label, name in enumerate(self.classes)}, find_images(folder)
         return Images(folder, paths if chosen is None else [paths[i] for i in chosen], labels, view, tries)
 
-    def _evaluation(self, images: Images) -> DataLoader[Sample]:
+    def _evaluation(self, images: Images) -> DataLoader[Batch]:
         rank, world_size = self._rank()
         return self._loader(images, batch_size=self.val_batch_size, sampler=range(rank, len(images), world_size))
 
-    def _loader(self, images: Images, **batching: Any) -> DataLoader[Sample]:
+    def _loader(self, images: Images, **batching: Any) -> DataLoader[Batch]:
         return Loader(
             images,
             num_workers=self.workers,  # PyTorch sets one thread in each
-            collate_fn=Collate(self._preprocessing().size),
+            collate_fn=as_it_is,  # type: ignore[arg-type]
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # otherwise every loader advances the global generator by one number
             **batching,

@@ -1,17 +1,16 @@
-"""From an index to views of an image, and from views to a batch.
+"""From image files to batches. Shapes: B views in a batch, m per image, S their side; H, W pixels of an image.
 
-Shapes: B views in a batch, m per image, S their side; H, W pixels of an image.
-
-An image that cannot be read is reported, not raised: an exception in a worker reaches the user as a traceback without
-the path, so the worker hands the message over and the main process decides.
+A worker makes whole batches and writes every view to its place in memory that it shares with the main process: each
+pixel is copied once. An image that cannot be read is reported, not raised: an exception in a worker reaches the user as
+a traceback without the path, so the worker hands the message over and the main process decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -19,29 +18,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qat.data.crops import CropLaw, draw, replay, rng_for
-from qat.data.decode import decode, reason, to_image, to_tensor
+from qat.data.decode import decode, new_images, reason, to_image, to_tensor
 from qat.errors import QatError
 from qat.losses import TopK
 from qat.preprocessing import Preprocessing
 
 
-class Views(NamedTuple):
+class View(Protocol):
     """What is made of one image."""
 
-    images: Tensor  # (m, 3, S, S) uint8
-    soft_labels: TopK | None = None
+    @property
+    def count(self) -> int:
+        """m."""
 
+    @property
+    def size(self) -> int:
+        """S."""
 
-View = Callable[[Tensor, int], Views]  # RGB image uint8 (3, H, W) and its index
-
-
-class Sample(NamedTuple):
-    """What a worker makes of one index: views of it, or of its substitute, and a message per unreadable file."""
-
-    views: Views | None
-    label: int
-    path: str
-    bad: tuple[str, ...]
+    def __call__(self, image: Tensor, index: int, out: Tensor) -> TopK | None:
+        """Write the views of an RGB image uint8 (3, H, W) to ``out`` (m, 3, S, S); their soft labels, if any."""
 
 
 class Batch(NamedTuple):
@@ -62,44 +57,51 @@ class EvalView:
     """Short side to ``preprocessing.resize``, then the centre: one view, with Pillow, as published results have it."""
 
     preprocessing: Preprocessing
+    count = 1
 
-    def __call__(self, pixels: Tensor, index: int) -> Views:
-        """The view of one RGB image; its index does not matter."""
-        image = to_image(pixels)
-        size, short = self.preprocessing.size, min(image.size)
-        width, height = (int(self.preprocessing.resize * side / short) for side in image.size)  # truncates: torchvision
+    @property
+    def size(self) -> int:
+        """S."""
+        return self.preprocessing.size
+
+    def __call__(self, image: Tensor, index: int, out: Tensor) -> None:
+        """Write the view of one RGB image; its index does not matter."""
+        whole, size = to_image(image), self.preprocessing.size
+        short = min(whole.size)
+        width, height = (int(self.preprocessing.resize * side / short) for side in whole.size)  # truncates: torchvision
         left, top = round((width - size) / 2), round((height - size) / 2)
-        resized = image.resize((width, height), Image.Resampling[self.preprocessing.interpolation.upper()])
-        return Views(to_tensor(resized.crop((left, top, left + size, top + size))).unsqueeze(0).contiguous())
+        resized = whole.resize((width, height), Image.Resampling[self.preprocessing.interpolation.upper()])
+        out[0] = to_tensor(resized.crop((left, top, left + size, top + size)))
 
 
 @dataclass(frozen=True)
 class CropView:
-    """Random crops drawn from (seed, epoch, index) alone, m being ``crops``."""
+    """Random crops drawn from (seed, epoch, index) alone, m being ``count``."""
 
     law: CropLaw
     size: int
     interpolation: str
-    crops: int
+    count: int
     seed: int
     epoch: int
 
-    def __call__(self, image: Tensor, index: int) -> Views:
-        """The m crops of one RGB image."""
+    def __call__(self, image: Tensor, index: int, out: Tensor) -> None:
+        """Write the m crops of one RGB image."""
         rng, (_, height, width) = rng_for(self.seed, self.epoch, index), image.shape
-        crops = [draw(self.law, height, width, rng) for _ in range(self.crops)]
-        return Views(replay(image, crops, self.size, self.interpolation))
+        replay(
+            image, [draw(self.law, height, width, rng) for _ in range(self.count)], self.size, self.interpolation, out
+        )
 
 
-class Images(Dataset[Sample]):
-    """Samples of the listed images.
+class Images(Dataset[Batch]):
+    """Batches of the listed images; each file is decoded once for all of its views.
 
     Args:
         folder: what the paths are relative to.
         paths: images; the first part of a path names the class.
         labels: class name to label; a class that is not in it gets -1.
         view: what is made of a decoded image.
-        tries: files tried for one sample, the one asked for and those that follow it in the list.
+        tries: files tried for one index, the one asked for and those that follow it in the list.
     """
 
     def __init__(self, folder: Path, paths: Sequence[str], labels: Mapping[str, int], view: View, tries: int = 1):
@@ -109,46 +111,46 @@ class Images(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Each file is decoded once, however many views are made of it."""
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """The batch of these indices; one whose files all cannot be read leaves only their messages."""
+        m, S = self.view.count, self.view.size
+        images = new_images(len(indices) * m, S)
+        paths: list[str] = []
+        soft: list[TopK] = []
         bad: list[str] = []
-        for place in ((index + offset) % len(self.paths) for offset in range(self.tries)):
-            path = self.paths[place]
-            try:
-                image = decode(self.folder / path)
-            except Exception as error:  # Pillow has no common base: OSError, SyntaxError, ValueError, ...
-                bad.append(f"{self.folder / path}: {reason(error)}")
-                continue
-            try:
-                views = self.view(image, place)
-            except QatError as error:  # soft labels of another image
-                bad.append(f"{self.folder / path}: {error}")
-                continue
-            return Sample(views, self.labels.get(path.partition("/")[0], -1), path, tuple(bad))
-        return Sample(None, -1, self.paths[index], tuple(bad))
+        for index in indices:
+            for place in ((index + offset) % len(self.paths) for offset in range(self.tries)):
+                try:
+                    labels = self._write(place, images[len(paths) * m : (len(paths) + 1) * m])
+                except QatError as error:
+                    bad.append(str(error))
+                    continue
+                paths.append(self.paths[place])
+                soft += [] if labels is None else [labels]
+                break
+        numbers = torch.tensor([self.labels.get(path.partition("/")[0], -1) for path in paths], dtype=torch.int64)
+        stored = TopK(*(torch.cat(parts) for parts in zip(*soft, strict=True))) if soft else None
+        return Batch(images[: len(paths) * m], numbers.repeat_interleave(m), tuple(paths), tuple(bad), stored)
+
+    def _write(self, place: int, out: Tensor) -> TopK | None:
+        """The views of one file; QatError with its path if it cannot be read, or has labels of another image."""
+        path = self.folder / self.paths[place]
+        try:
+            image = decode(path)
+        except Exception as error:  # Pillow has no common base: OSError, SyntaxError, ValueError, ...
+            raise QatError(f"{path}: {reason(error)}") from None
+        try:
+            return self.view(image, place, out)
+        except QatError as error:
+            raise QatError(f"{path}: {error}") from None
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Samples to a batch; those without views leave only their messages, and all of them may be so."""
-
-    size: int
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """The batch of these samples."""
-        good = [(s, s.views) for s in samples if s.views is not None]
-        empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        soft = [views.soft_labels for _, views in good if views.soft_labels is not None]
-        return Batch(
-            torch.cat([views.images for _, views in good]) if good else empty,  # n images of (m, 3, S, S) -> (B, ...)
-            torch.tensor([s.label for s, views in good for _ in range(len(views.images))], dtype=torch.int64),
-            tuple(s.path for s, _ in good),
-            tuple(message for s in samples for message in s.bad),
-            TopK(*(torch.cat(parts) for parts in zip(*soft, strict=True))) if soft else None,
-        )
+def as_it_is(batch: Batch) -> Batch:
+    """In place of collation: `Images` makes whole batches."""
+    return batch
 
 
-class Loader(DataLoader[Sample]):
+class Loader(DataLoader[Batch]):
     """Counts as resumable for Lightning, which warns otherwise; the data module's own state says where to go on."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qat.data.crops import Crop, CropLaw, draw, replay, rng_for
-from qat.data.decode import decode, reason
+from qat.data.decode import decode, new_images, reason
 from qat.data.softlabels import LARGEST
 
 
@@ -76,9 +76,12 @@ class Blocks(IterableDataset[Piece]):
         images = [self._image(index) for index in images_of(block, len(self.paths), self.crops, self.batch_size)]
         crops = [(pixels, crop) for pixels, drawn, _ in images for crop in drawn]
         for start in range(0, len(crops), self.batch_size):
-            batch = [replay(p, [c], self.size, self.interpolation) for p, c in crops[start : start + self.batch_size]]
+            some = crops[start : start + self.batch_size]
+            batch = new_images(len(some), self.size)
+            for place, (pixels, crop) in enumerate(some):
+                replay(pixels, [crop], self.size, self.interpolation, batch[place : place + 1])
             last = start + self.batch_size >= len(crops)
-            yield Piece(torch.cat(batch), block, tuple(source for *_, source in images) if last else ())
+            yield Piece(batch, block, tuple(source for *_, source in images) if last else ())
 
     def _image(self, index: int) -> tuple[Tensor, list[Crop], Source]:
         path, bad = self.folder / self.paths[index], ""

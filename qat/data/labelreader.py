@@ -20,7 +20,6 @@ from torch import Tensor
 
 from qat.data.crops import Crop, replay, rng_for
 from qat.data.folder import find_images
-from qat.data.images import Views
 from qat.data.softlabels import HARD, MARGINAL_RENORM, Header, Row, first_difference, names_in, open_store, sha256_of
 from qat.errors import QatError
 from qat.losses import TopK
@@ -170,7 +169,7 @@ class ReplayView:
         rows: row of every image.
         size: S, side of what the student sees.
         interpolation: how crops are resized.
-        crops: m.
+        count: m.
         seed: of the order of the crops.
         before: crops that every image gave in earlier passes.
     """
@@ -179,17 +178,18 @@ class ReplayView:
     rows: npt.NDArray[np.int64]
     size: int
     interpolation: str
-    crops: int
+    count: int
     seed: int
     before: int
 
-    def __call__(self, image: Tensor, index: int) -> Views:
-        """The views of one RGB image; QatError when its labels are of an image of another size."""
+    def __call__(self, image: Tensor, index: int, out: Tensor) -> TopK:
+        """Write the crops of one RGB image; QatError when its labels are of an image of another size."""
         index = int(self.rows[index])
         row, header = self.labels.row(index), self.labels.header
         check_size(row.image_size, (image.shape[1], image.shape[2]))
-        row = row.take(chosen(self.seed, index, header.num_crops, self.before, self.crops))
+        row = row.take(chosen(self.seed, index, header.num_crops, self.before, self.count))
         row.check(header.num_classes)
         boxes = zip(row.boxes.tolist(), row.flips.tolist(), strict=True)
         crops = [Crop(top, left, height, width, flip) for (top, left, height, width), flip in boxes]
-        return Views(replay(image, crops, self.size, self.interpolation), recover(header, row.classes, row.probs))
+        replay(image, crops, self.size, self.interpolation, out)
+        return recover(header, row.classes, row.probs)

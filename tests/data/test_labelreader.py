@@ -141,16 +141,16 @@ def test_one_class_and_all_classes_are_stored_too(k: int, tmp_path: Path) -> Non
 def test_replay_gives_the_stored_crops_with_their_labels(labels: SoftLabels) -> None:
     image = torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8)
     view = ReplayView(labels, np.array([7, 3]), 16, "bilinear", 4, seed=1, before=8)
-    views = view(image, 1)
+    out = torch.empty(4, 3, 16, 16, dtype=torch.uint8)
+    soft_labels = view(image, 1, out)
     stored, order = row(3, header()), chosen(1, 3, 11, 8, 4)
     for place, crop in enumerate(order):
         box = Crop(*stored.boxes[crop].tolist(), bool(stored.flips[crop]))
-        assert torch.equal(views.images[place], replay(image, [box], 16, "bilinear")[0])
-    assert views.soft_labels is not None
-    assert views.soft_labels.classes.tolist() == stored.classes[order].tolist()
-    assert views.soft_labels.probs.tolist() == stored.probs[order].astype(np.float32).tolist()
+        assert torch.equal(out[place], replay(image, [box], 16, "bilinear")[0])
+    assert soft_labels.classes.tolist() == stored.classes[order].tolist()
+    assert soft_labels.probs.tolist() == stored.probs[order].astype(np.float32).tolist()
     with pytest.raises(QatError, match="50 x 40 pixels, but its soft labels were made on 44 x 40"):
-        view(torch.zeros(3, 40, 50, dtype=torch.uint8), 0)
+        view(torch.zeros(3, 40, 50, dtype=torch.uint8), 0, out)
 
 
 @pytest.mark.parametrize("column", [2, 4, 6])
@@ -164,7 +164,7 @@ def test_damaged_rows_are_not_trained_on(tmp_path: Path, column: int) -> None:
         file["crops"][0] = crops
     view = ReplayView(SoftLabels(tmp_path / "labels.h5"), np.arange(10), 16, "bilinear", 4, 0, 0)
     with pytest.raises(QatError, match="its soft labels are damaged"):
-        view(torch.zeros(3, 40, 44, dtype=torch.uint8), 0)
+        view(torch.zeros(3, 40, 44, dtype=torch.uint8), 0, torch.empty(4, 3, 16, 16, dtype=torch.uint8))
 
 
 # ---- checks before training
