@@ -148,7 +148,7 @@ def write_csv(rows: list[SiteRow], path: Path) -> None:
 def as_table(rows: list[SiteRow], full: bool = False) -> Table:
     """The table, 80 columns wide; sites that differ only in their block number share a line unless ``full``."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("site", no_wrap=True)
+    table.add_column("site", overflow="fold")
     for column in ("n", "spec", "levels", "range", "steps", "ready"):
         table.add_column(column, justify="right" if column in ("n", "levels") else "left", no_wrap=True)
     for name, count, row in [(row.site, 1, row) for row in rows] if full else list(_folded(rows)):
@@ -162,10 +162,10 @@ def as_table(rows: list[SiteRow], full: bool = False) -> Table:
 
 
 def _folded(rows: list[SiteRow]) -> Iterator[tuple[str, int, SiteRow]]:
-    """(name with block numbers as *, how many, an example), grouped by everything but the number."""
+    """(name with block numbers as *, how many, an example), grouped by everything but the numbers."""
     groups: dict[tuple[Any, ...], list[SiteRow]] = {}
     for row in rows:
-        pattern = re.sub(r"\.\d+\.", ".*.", row.site)
+        pattern = re.sub(r"\.\d+\.(\w+\.\d+\.)*", ".*.", row.site)  # layers.0.blocks.1.mlp -> layers.*.mlp, a glob
         groups.setdefault((pattern, *list(asdict(row).values())[1:]), []).append(row)
     for key, members in groups.items():
         yield (key[0] if len(members) > 1 else members[0].site), len(members), members[0]

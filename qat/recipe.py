@@ -126,7 +126,7 @@ class Rule:
 
     @classmethod
     def from_dict(cls, rule: Any) -> Rule:
-        """Read ``{match: glob, spec: null | {class_path, init_args}}``, perhaps with ``optional: true``; or QatError."""
+        """Read ``{match: glob, spec: null | {class_path, init_args}}``, perhaps ``optional: true``; or QatError."""
         if not isinstance(rule, Mapping):
             raise QatError(f"rule {rule!r} is not a mapping: write {{match: GLOB, spec: ...}}")
         where = f"rule {rule.get('match', rule)!r}"

@@ -39,7 +39,7 @@ SIDEWAYS = {
 }
 HELPERS = {  # what the other files of a folder may import
     "quantizers": {"base", "fitting", "kernels"},
-    "models": {"attention", "build", "layers"},
+    "models": {"attention", "build", "layers", "sret_float"},
     "ptq": {"base"},
     "regularizers": {"base"},
     "callbacks": set(),

@@ -143,7 +143,7 @@ def convnext() -> nn.Module:
         (lambda: tiny("vit_tiny_patch16_224", attn_layer=OtherAttention), r"blocks\.0\.attn is a OtherAttention"),
         (lambda: tiny("vit_tiny_patch16_224", global_pool="map"), "attention pooling .AttentionPoolLatent"),
         (lambda: tiny("vit_tiny_patch16_224", block_fn=ParallelScalingBlock), r"blocks\.0 is a ParallelScalingBlock"),
-        (swin_v2, "SwinTransformerV2 is not a model family.*it knows VisionTransformer"),
+        (swin_v2, "SwinTransformerV2 is not a model family.*it knows .*VisionTransformer"),
         (convnext, "ConvNeXt is not a model family"),
         (lambda: build_float("vit_tiny_r_s16_p8_224", None, 10, {"img_size": 32, "depth": 1}), "patch_embed.*Hybrid"),
     ],

@@ -1,7 +1,17 @@
 """Float models and their quantised forms: importing this package registers every family."""
 
-from qat.models import layers, vit
+from qat.models import layers, sret, swin, vit
 from qat.models.build import build_float, default_preprocessing, read_weights
 from qat.models.optim import param_groups, regroup
 
-__all__ = ["build_float", "default_preprocessing", "layers", "param_groups", "read_weights", "regroup", "vit"]
+__all__ = [
+    "build_float",
+    "default_preprocessing",
+    "layers",
+    "param_groups",
+    "read_weights",
+    "regroup",
+    "sret",
+    "swin",
+    "vit",
+]

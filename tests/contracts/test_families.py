@@ -5,6 +5,7 @@ import io
 import pickle
 from collections import Counter
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,10 @@ from qat.quantizers import LSQ
 from qat.recipe import Rule, build_recipe
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+TINY_SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}
 DEIT, DISTILLED, VIT = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"
+SWIN = "swin_tiny_patch4_window7_224"
+TINY_SRET = {"img_size": 32, "embed_dims": (12, 24), "depths": (1, 2), "num_heads": (2, 4), "groups": ((4, 2), (2, 1))}
 # One line for each form of each family: timm name and arguments. A new family adds its own.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deit": (DEIT, TINY),
@@ -33,9 +37,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "average_pool": (VIT, {**TINY, "global_pool": "avg", "class_token": False, "fc_norm": True}),
     "registers": (VIT, {**TINY, "reg_tokens": 4, "no_embed_class": True}),
     "stochastic_depth": (VIT, {**TINY, "drop_path_rate": 0.3, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}),
+    "swin": (SWIN, TINY_SWIN),
+    "swin_padded": (SWIN, {**TINY_SWIN, "window_size": 5, "head_dim": 4, "qkv_bias": False}),
+    "sret": ("sret_tiny", TINY_SRET),
 }
+# Of one block of each kind: its name and the shape of its input. The other models differ outside the block.
+BLOCKS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "deit": ("blocks.0", (2, 17, 24)),
+    "inner_norms": ("blocks.0", (2, 17, 24)),
+    "layer_scale": ("blocks.0", (2, 17, 24)),
+    "swin": ("layers.0.blocks.1", (2, 16, 16, 12)),  # the windows of odd blocks are shifted
+    "swin_padded": ("layers.0.blocks.1", (2, 16, 16, 12)),
+    "sret": ("stages.0.blocks.0", (2, 16, 12)),
+}
+# Matrix products of each model: embedding, six in each block, between the stages, head.
+PRODUCTS = {"distilled": 1 + 2 * 6 + 2, "swin": 1 + 4 * 6 + 1 + 1, "swin_padded": 1 + 4 * 6 + 1 + 1}
+PRODUCTS["sret"] = 3 + 2 * 3 * (6 + 2) + 1 + 1  # stem; each of three blocks, and an MLP, twice; pool; head
+VIT_PRODUCTS = 1 + 2 * 6 + 1
+TWICE = {"sret": "stages.*.blocks.*"}  # what a model applies twice
 FLOAT_PROBS = {"match": "*.attn.probs_quant", "spec": None}
 every_model = pytest.mark.parametrize("name", MODELS)
+every_block = pytest.mark.parametrize("name", BLOCKS)
 
 
 def images(count: int = 2) -> Tensor:
@@ -98,6 +120,9 @@ def test_switched_off_the_model_is_the_float_model(name):
 @torch.no_grad()
 def test_without_quantised_probabilities_it_is_the_float_model_exactly(name):
     model = float_model(name)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = True  # where timm does not by itself
     expected = model(images())
     quantize(model, recipe(FLOAT_PROBS))
     with off(model):
@@ -111,7 +136,8 @@ def test_four_bits_change_the_output(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "cut"), [*((name, "tensor") for name in MODELS), ("deit", "finer"), ("inner_norms", "finer")]
+    ("name", "cut"),
+    [*((name, "tensor") for name in MODELS), *((name, "finer") for name in ("deit", "inner_norms", "swin", "sret"))],
 )
 @torch.no_grad()
 def test_wide_codes_give_the_float_model_at_every_granularity(name, cut):
@@ -164,28 +190,27 @@ def test_every_operand_of_every_product_has_a_site(name):
     InitSteps()(model, [images(4)])
     with Products() as products:
         model(images())
-    heads = 2 if name == "distilled" else 1
-    assert len(products.operands) == 2 * (1 + 2 * 6 + heads)  # embedding, six products in each of two blocks, head
+    assert len(products.operands) == 2 * PRODUCTS.get(name, VIT_PRODUCTS)
     for operation, operand in products.operands:
         assert operand.unique().numel() <= 4, operation
 
 
-@pytest.mark.parametrize("name", ["deit", "inner_norms", "layer_scale"])  # the others differ outside the block
+@every_block
 def test_a_block_is_one_graph(name):
     torch._dynamo.reset()
-    block = calibrated(name).blocks[0]
-    explained = torch._dynamo.explain(block)(torch.randn(2, 17, 24))
+    block, shape = calibrated(name).get_submodule(BLOCKS[name][0]), BLOCKS[name][1]
+    explained = torch._dynamo.explain(block)(torch.randn(shape))
     assert explained.graph_break_count == 0, explained.break_reasons
     assert explained.graph_count == 1
 
 
-@pytest.mark.parametrize("name", ["deit", "inner_norms", "layer_scale"])
+@every_block
 def test_a_block_traced_with_its_backward_gives_the_same_gradients(name):
     torch._dynamo.reset()
-    block, grads = calibrated(name).blocks[0], []
+    block, shape, grads = calibrated(name).get_submodule(BLOCKS[name][0]), BLOCKS[name][1], []
     for forward in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
         block.zero_grad()
-        x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
         forward(x).square().sum().backward()
         grads.append([x.grad, *(p.grad.clone() for p in block.parameters())])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads, strict=True))  # sums in another order
@@ -195,10 +220,12 @@ def test_a_block_traced_with_its_backward_gives_the_same_gradients(name):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_flag_is_kept(name, training):
     model = float_model(name).train(training)
-    model.blocks[1].train(not training)
+    parts = ("blocks", "layers", "stages")  # of a family in stages, a whole stage
+    part = next(f"{part}.1" for part in parts if hasattr(model, part))
+    model.get_submodule(part).train(not training)
     quantize(model, recipe())
     for key, module in model.named_modules():
-        assert module.training == (training != key.startswith("blocks.1")), key
+        assert module.training == (training != key.startswith(part)), key
 
 
 @every_model
@@ -235,12 +262,12 @@ def test_every_parameter_gets_a_gradient(name):
 
 @every_model
 @torch.no_grad()
-def test_every_quantizer_is_visited_once_in_a_forward(name):
+def test_every_quantizer_is_visited_once_in_an_application(name):
     model, visits = calibrated(name), Counter()
     for key, quantizer in quantizers(model):
         quantizer.register_forward_hook(lambda *_, key=key: visits.update([key]))
     model(images())
-    assert visits == dict.fromkeys((key for key, _ in quantizers(model)), 1)
+    assert visits == {key: 2 if fnmatch(key, TWICE.get(name, "")) else 1 for key, _ in quantizers(model)}
 
 
 def masks(tokens: int) -> dict[str, dict[str, Any]]:

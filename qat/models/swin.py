@@ -1,0 +1,97 @@
+"""Swin of timm. Shapes: B images, h x w tokens, W windows of an image, N tokens of a window, H heads, C channels.
+
+A window is a sample of its own: attention sees (B * W, N, C).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.insert import SiteBuilder, family, swap_children, swaps
+from qat.models.attention import QuantHeads
+
+
+@family(SwinTransformer)
+def check(model: SwinTransformer) -> None:
+    """Refuse, by name, what would compute matrix products that no site reaches, or another mask."""
+    _require(model, "patch_embed", PatchEmbed)
+    stage: Any
+    for i, stage in enumerate(model.layers):
+        _require(model, f"layers.{i}", SwinTransformerStage)
+        _require(model, f"layers.{i}.downsample", PatchMerging, nn.Identity)
+        for j, block in enumerate(stage.blocks):
+            name = f"layers.{i}.blocks.{j}"
+            _require(model, name, SwinTransformerBlock)
+            _require(model, f"{name}.attn", WindowAttention)
+            if block.dynamic_mask:
+                raise QatError(f"{name}: strict_img_size: false is not reproduced: set img_size, and leave it out")
+
+
+def _require(model: nn.Module, name: str, *kinds: type[nn.Module]) -> None:
+    module = model.get_submodule(name)
+    if type(module) not in kinds:
+        raise QatError(f"{name} is a {type(module).__name__}: only timm's {kinds[0].__name__} is reproduced")
+
+
+@swaps(SwinTransformerBlock)
+class QuantWindowBlock(nn.Module):
+    """A block over windows, shifted or not, with sites on the residual stream after each of its two sums."""
+
+    attend_windows: Any = SwinTransformerBlock._attn  # timm's: shift, pad, cut into windows, self.attn, and back
+
+    def __init__(self, block: SwinTransformerBlock, site: SiteBuilder) -> None:
+        super().__init__()
+        self.window_size, self.window_area, self.shift_size = block.window_size, block.window_area, block.shift_size
+        self.register_buffer("attn_mask", cast(Tensor | None, block.attn_mask), persistent=False)
+        self.norm1, self.attn, self.drop_path1 = block.norm1, block.attn, block.drop_path1
+        self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
+        swap_children(self, site)
+        self.attn_residual_quant = site.activation("attn_residual_quant", channel=(-1, block.dim))
+        self.mlp_residual_quant = site.activation("mlp_residual_quant", channel=(-1, block.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, h, w, C) to (B, h, w, C)."""
+        x = self.attn_residual_quant(x + self.drop_path1(self.attend_windows(self.norm1(x))))
+        out: Tensor = self.mlp_residual_quant(x + self.drop_path2(self.mlp(self.norm2(x))))
+        return out
+
+
+@swaps(WindowAttention)
+class QuantWindowAttention(QuantHeads):
+    """Self-attention of the tokens of a window, with a bias for where they lie to each other."""
+
+    def __init__(self, attn: WindowAttention, site: SiteBuilder) -> None:
+        super().__init__(attn, site, attn.num_heads, attn.proj.in_features // attn.num_heads, attn.scale)
+        self.relative_position_bias_table, self.window_size = attn.relative_position_bias_table, attn.window_size
+        self.proj_drop = attn.proj_drop
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B * W, N, C) to (B * W, N, C); the mask of shifted windows (W, N, N) is added to the scores."""
+        bias = self.position_bias()
+        if mask is not None:
+            bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)  # (B * W, H, N, N)
+        x = self.attend(*self.heads(x), bias).transpose(1, 2).flatten(2)  # (B * W, N, H * D)
+        out: Tensor = self.proj_drop(self.proj(x))
+        return out
+
+    def position_bias(self) -> Tensor:
+        """The entry of the table for every pair of tokens (1, H, N, N), where timm looks it up by integers.
+
+        Those are a buffer, and a weight average rounds integers down: 0.9999 * 11 + 0.0001 * 11 becomes 10.
+        """
+        h, w = self.window_size
+        table = self.relative_position_bias_table.unflatten(0, (2 * h - 1, 2 * w - 1))  # (down, right, H)
+        pairs = table.unfold(0, h, 1).unfold(1, w, 1).flip(3, 4).permute(2, 0, 1, 3, 4)  # (H, h, w, h, w)
+        bias: Tensor = pairs.reshape(1, self.num_heads, h * w, h * w)
+        return bias
