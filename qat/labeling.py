@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from datetime import timedelta
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -30,6 +32,7 @@ from qat.runs import first_process
 from qat.teacher import Teacher, build_teacher
 
 log = logging.getLogger(__name__)
+PATIENCE = timedelta(days=30)  # of a process that is done, with those that are not
 
 
 def make_softlabels(options: Options) -> None:
@@ -43,6 +46,7 @@ def make_softlabels(options: Options) -> None:
         plan.prepare()
     fabric = Fabric(
         accelerator=options.accelerator,
+        strategy=DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if _processes(options) > 1 else "auto",
         devices=options.devices,
         num_nodes=options.num_nodes,
         precision=precision,  # type: ignore[arg-type]
@@ -63,6 +67,13 @@ def make_softlabels(options: Options) -> None:
 
 def _on_gpu(options: Options) -> bool:
     return options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def _processes(options: Options) -> int:
+    devices = options.devices
+    if devices in ("auto", -1, "-1"):
+        devices = torch.cuda.device_count() if _on_gpu(options) else 1
+    return int(devices) * options.num_nodes
 
 
 def _unfinished(plan: Plan) -> list[int]:
@@ -101,6 +112,8 @@ def _labelled(fabric: Fabric, teacher: Teacher, plan: Plan, todo: list[int]) -> 
     waiting: tuple[Piece, Tensor] | None = None
     for piece in _loader(plan, todo, fabric.device.type == "cuda"):
         images = fabric.to_device(piece.images)
+        if images.is_cuda:
+            images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), fabric.autocast():
             logits = teacher(images).float()
         probs, classes = (logits / plan.options.temperature).softmax(-1).topk(plan.options.topk)

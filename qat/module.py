@@ -165,6 +165,10 @@ class QATModule(L.LightningModule):
             if weight := regularizer.weight_at(self.progress):
                 yield name, weight * regularizer(self.model)
 
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """Only those that an average makes sense of: one of integers, such as an index of Swin, would be rounded down."""
+        return (buffer for buffer in super().buffers(recurse) if buffer.is_floating_point())
+
     @property
     def progress(self) -> float:
         """The part of training that is done, 0 to 1."""
