@@ -166,7 +166,7 @@ class QATModule(L.LightningModule):
                 yield name, weight * regularizer(self.model)
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """Only those that an average makes sense of: one of integers, such as an index of Swin, would be rounded down."""
+        """Those that an average makes sense of: integers, such as the index of Swin, would be rounded down."""
         return (buffer for buffer in super().buffers(recurse) if buffer.is_floating_point())
 
     @property
