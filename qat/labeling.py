@@ -8,6 +8,7 @@ processes and kills. Shapes: M crops of an image, b crops in a batch, S their si
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
@@ -24,8 +25,8 @@ from qat.data.folder import class_names
 from qat.data.labelblocks import Blocks, Piece, Source, images_of, images_per_block
 from qat.data.labelwriter import Writer
 from qat.data.softlabels import Row, open_store
-from qat.errors import QatError
-from qat.labelplan import Options, Plan, sha256_of_weights
+from qat.errors import QatError, first_line
+from qat.labelplan import SPLIT, Options, Plan, sha256_of_weights
 from qat.models import default_preprocessing
 from qat.progress import Progress
 from qat.runs import first_process
@@ -38,91 +39,118 @@ PATIENCE = timedelta(days=30)  # of a process that is done, with those that are 
 def make_softlabels(options: Options) -> None:
     """Label every image that has no labels yet; QatError for bad input, before the teacher has seen an image."""
     default_preprocessing(options.teacher)  # an unknown teacher, or a folder without images, before weights are read
-    classes = class_names(options.data.root / "train")
+    classes = class_names(options.data.root / SPLIT)
+    precision = _precision(options)
+    fabric = _fabric(options, precision)
     teacher = build_teacher(options.teacher, options.teacher_checkpoint, len(classes), classes, "teacher")
-    precision = options.precision or ("16-mixed" if _on_gpu(options) else "32-true")
     plan = Plan(options, teacher.preprocessing, sha256_of_weights(teacher.model), precision)
     if first_process():
         plan.prepare()
-    fabric = Fabric(
-        accelerator=options.accelerator,
-        strategy=DDPStrategy(process_group_backend="gloo", timeout=PATIENCE) if _processes(options) > 1 else "auto",
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        precision=precision,  # type: ignore[arg-type]
-    )
     fabric.launch()
-    fabric.barrier()
-    todo = _unfinished(plan)[fabric.global_rank :: fabric.world_size]
-    own = plan.part(fabric.global_rank) if fabric.world_size > 1 else options.out
-    if own != options.out:
-        plan.create(own)
-    with Writer(own, options.flush_seconds) as writer:
-        _label(fabric, teacher, plan, todo, writer)
-    fabric.barrier()
+    try:
+        fabric.barrier()
+        _label_share(fabric, teacher, plan)
+        fabric.barrier()
+    except BaseException:
+        for process in getattr(fabric.strategy.launcher, "procs", ()):  # of the other devices: what they have is kept
+            process.terminate()
+        raise
     if fabric.is_global_zero:
         plan.join()
         _report(plan)
 
 
-def _on_gpu(options: Options) -> bool:
-    return options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+def _precision(options: Options) -> str:
+    on_gpu = options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if options.precision == "16-mixed" and not on_gpu:
+        raise QatError("precision is 16-mixed, which needs a GPU: give 32-true or bf16-mixed")
+    return options.precision or ("16-mixed" if on_gpu else "32-true")
 
 
-def _processes(options: Options) -> int:
-    devices = options.devices
-    if devices in ("auto", -1, "-1"):
-        devices = torch.cuda.device_count() if _on_gpu(options) else 1
-    return int(devices) * options.num_nodes
+def _fabric(options: Options, precision: str) -> Fabric:
+    """QatError for devices that are not there; processes that are done wait for the others as long as it takes."""
+    alone = options.num_nodes == 1 and str(options.devices) == "1"
+    try:
+        return Fabric(
+            accelerator=options.accelerator,
+            strategy="auto" if alone else DDPStrategy(process_group_backend="gloo", timeout=PATIENCE),
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            precision=precision,  # type: ignore[arg-type]
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise QatError(f"accelerator {options.accelerator}, devices {options.devices}: {first_line(error)}") from None
 
 
-def _unfinished(plan: Plan) -> list[int]:
-    """Numbers of the blocks in which an image has no labels."""
+def _label_share(fabric: Fabric, teacher: Teacher, plan: Plan) -> None:
+    """What this process does: every n-th block in which an image has no labels."""
     options = plan.options
     with open_store(options.out) as file:
-        missing = np.flatnonzero(file["done"][:] == 0)
-    blocks: list[int] = np.unique(missing // images_per_block(options.crops, options.batch_size)).tolist()
-    return blocks
+        missing = file["done"][:] == 0
+    blocks = np.unique(np.flatnonzero(missing) // images_per_block(options.crops, options.batch_size)).tolist()
+    mine = blocks[fabric.global_rank :: fabric.world_size]
+    own = options.out if fabric.world_size == 1 else plan.part(fabric.global_rank)
+    if own != options.out:
+        plan.create(own)
+    sizes = [len(images_of(block, len(plan.paths), options.crops, options.batch_size)) for block in mine]
+    share = f" (process {fabric.global_rank + 1} of {fabric.world_size})" if fabric.world_size > 1 else ""
+    pieces = iter(_loader(plan, mine, fabric.device.type == "cuda"))  # forks before the file is open and locked
+    with (
+        Writer(own, options.flush_seconds) as writer,
+        Progress(f"images{share}", sum(sizes), fabric.is_global_zero) as progress,
+    ):
+        for source, labels in _labelled(fabric, teacher, plan, pieces):
+            if missing[source.number]:
+                _put(plan, source, labels, writer)
+            progress.advance(1)
 
 
-def _label(fabric: Fabric, teacher: Teacher, plan: Plan, todo: list[int], writer: Writer) -> None:
-    """The share of this process."""
-    options, count = plan.options, len(plan.paths)
-    sizes = [len(images_of(block, count, options.crops, options.batch_size)) for block in todo]
+def _labelled(fabric: Fabric, teacher: Teacher, plan: Plan, pieces: Iterator[Piece]) -> Iterator[tuple[Source, Tensor]]:
+    """Every image with its labels (M, 2, k): classes and probabilities, float32 on the CPU."""
+    parent = os.getppid()
+    incomplete: dict[int, list[Tensor]] = defaultdict(list)  # labels of blocks of which more is to come
+    for piece, labels in _forward(fabric, teacher, plan, pieces):
+        incomplete[piece.block].append(labels)
+        if piece.sources:
+            yield from zip(piece.sources, torch.cat(incomplete.pop(piece.block)).split(plan.options.crops), strict=True)
+        if fabric.global_rank and os.getppid() != parent:
+            raise QatError("the process that started this one has gone; labels made so far are kept")
+
+
+def _forward(fabric: Fabric, teacher: Teacher, plan: Plan, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+    """Every piece with its labels (b, 2, k); on a GPU one late, so that it never waits for the host."""
     fabric.to_device(teacher)
     if fabric.device.type == "cuda":
         teacher.to(memory_format=torch.channels_last)
-    unknown: dict[int, list[Tensor]] = defaultdict(list)  # the labels of blocks that are not complete yet
-    share = f" (process {fabric.global_rank + 1} of {fabric.world_size})" if fabric.world_size > 1 else ""
-    with Progress(f"images{share}", sum(sizes), fabric.is_global_zero) as progress:
-        for piece, labels in _labelled(fabric, teacher, plan, todo):
-            unknown[piece.block].append(labels)
-            if piece.sources:
-                rows = torch.cat(unknown.pop(piece.block)).split(options.crops)
-                for source, row in zip(piece.sources, rows, strict=True):
-                    _put(plan, source, row, writer)
-                progress.advance(len(rows))
-
-
-def _labelled(fabric: Fabric, teacher: Teacher, plan: Plan, todo: list[int]) -> Iterator[tuple[Piece, Tensor]]:
-    """Every piece with its labels (b, 2, k): classes and probabilities, float32 on the CPU.
-
-    A piece is handed on when the next one is on its way, so that a GPU never waits for the host.
-    """
-    waiting: tuple[Piece, Tensor] | None = None
-    for piece in _loader(plan, todo, fabric.device.type == "cuda"):
+    waiting: tuple[Piece, Tensor, torch.cuda.Event | None] | None = None
+    for piece in pieces:
         images = fabric.to_device(piece.images)
         if images.is_cuda:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), fabric.autocast():
             logits = teacher(images).float()
         probs, classes = (logits / plan.options.temperature).softmax(-1).topk(plan.options.topk)
-        labels = torch.stack([classes.float(), probs], 1)
-        if waiting is not None:
-            yield waiting[0], waiting[1].cpu()
-        waiting = piece._replace(images=piece.images[:0]), labels
+        labels = torch.stack([classes.float(), probs], 1).to("cpu", non_blocking=True)
+        before, waiting = waiting, (piece._replace(images=torch.empty(0)), labels, _event(images))
+        if before is not None:
+            yield _arrived(*before)
     if waiting is not None:
-        yield waiting[0], waiting[1].cpu()
+        yield _arrived(*waiting)
+
+
+def _event(images: Tensor) -> torch.cuda.Event | None:
+    """What comes after all that was asked of the GPU so far."""
+    if not images.is_cuda:
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def _arrived(piece: Piece, labels: Tensor, event: torch.cuda.Event | None) -> tuple[Piece, Tensor]:
+    if event is not None:
+        event.synchronize()
+    return piece, labels
 
 
 def _loader(plan: Plan, todo: list[int], pin_memory: bool) -> DataLoader[Piece]:
@@ -133,7 +161,8 @@ def _loader(plan: Plan, todo: list[int], pin_memory: bool) -> DataLoader[Piece]:
         options.seed,
     )  # fmt: skip
     workers = min(cores(), 8) if options.workers is None else options.workers
-    return DataLoader(blocks, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+    ahead = 1 if workers else None  # pieces are large
+    return DataLoader(blocks, batch_size=None, num_workers=workers, prefetch_factor=ahead, pin_memory=pin_memory)
 
 
 def _put(plan: Plan, source: Source, labels: Tensor, writer: Writer) -> None:
@@ -147,7 +176,8 @@ def _put(plan: Plan, source: Source, labels: Tensor, writer: Writer) -> None:
         return
     if not torch.isfinite(labels).all():
         raise QatError(
-            f"the teacher's output for {plan.folder / plan.paths[source.number]} is not finite: set precision 32-true"
+            f"the teacher's output for {plan.folder / plan.paths[source.number]} is not finite in {plan.precision}: "
+            "begin another file with precision bf16-mixed or 32-true"
         )
     classes, probs = labels.unbind(1)
     writer.put(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+import qat
 from qat.data.crops import CropLaw
 from qat.data.folder import class_names, find_images
 from qat.data.labelwriter import FLUSH_SECONDS, absorb
@@ -32,7 +34,7 @@ NAMES = {  # of options, where the store has other ones
 
 
 @dataclass(frozen=True)
-class Source:
+class Folder:
     """Where the images are.
 
     Args:
@@ -63,7 +65,7 @@ class Options:
         seed: fixes the crops, with the number of the image.
         batch_size: crops per forward of the teacher.
         precision: of the teacher, as Lightning names it; 16-mixed on a GPU and 32-true elsewhere when null.
-        workers: processes that decode images, per training process; as many as cores, at most 8, when null.
+        workers: processes that decode images, for each device; as many as cores, at most 8, when null.
         on_bad_image: what an unreadable image does: stop, or be left without labels, with a warning.
         flush_seconds: seconds between two writes to the disk, so the most work that a kill can cost.
         accelerator: cpu, gpu, ..., or auto.
@@ -71,7 +73,7 @@ class Options:
         num_nodes: nodes; the same command is started on each, by torchrun or SLURM.
     """
 
-    data: Source
+    data: Folder
     teacher: str
     out: Path
     teacher_checkpoint: str = "pretrained"
@@ -84,7 +86,7 @@ class Options:
     flip: float = 0.5
     seed: int = 0
     batch_size: int = 128
-    precision: str | None = None
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] | None = None
     workers: int | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     flush_seconds: float = FLUSH_SECONDS
@@ -96,6 +98,8 @@ class Options:
         for name, lowest in (("crops", 1), ("batch_size", 1), ("seed", 0), ("num_nodes", 1), ("workers", 0)):
             if (value := getattr(self, name)) is not None and value < lowest:
                 raise QatError(f"{name} is {value}: it must be at least {lowest}")
+        if not self.flush_seconds > 0:
+            raise QatError(f"flush_seconds is {self.flush_seconds}: it must be positive")
         check_out(self.out)
 
     @property
@@ -172,21 +176,28 @@ class Plan:
     def join(self) -> None:
         """Bring together what several processes have made, also what a killed run left."""
         out = self.options.out
-        for unborn in out.parent.glob(f"{out.name}*.new"):  # killed while it was created
+        for unborn in _beside(out, r"(\.rank\d+)?\.new"):  # killed while it was created
             unborn.unlink()
-        for part in sorted(out.parent.glob(f"{out.name}.rank*[0-9]")):
+        for part in _beside(out, r"\.rank\d+"):
             absorb(out, part)
+
+
+def _beside(out: Path, ending: str) -> list[Path]:
+    """Files whose name is that of ``out`` with an ending."""
+    return sorted(path for path in out.parent.iterdir() if re.fullmatch(re.escape(out.name) + ending, path.name))
 
 
 def check_out(out: Path) -> None:
     """QatError for a file that cannot be written."""
+    if out.is_dir():
+        raise QatError(f"out is {out}, a folder: give the name of a file")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise QatError(f"out is {out}: there is no folder {out.parent} that can be written")
 
 
 def prepare(out: Path, header: Header, paths: Sequence[str], classes: Sequence[str]) -> None:
-    """Create a store, or look at the one that is there; QatError if that was begun otherwise."""
-    if not out.exists():
+    """Create a store, or look at the one that is there; QatError if that was begun otherwise and has labels."""
+    if not out.exists() or _is_empty(out):
         needed, free = len(paths) * row_bytes(header), shutil.disk_usage(out.parent).free
         if needed > free:
             raise QatError(f"out is {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
@@ -205,6 +216,12 @@ def prepare(out: Path, header: Header, paths: Sequence[str], classes: Sequence[s
         )
 
 
+def _is_empty(out: Path) -> bool:
+    """Whether a store has no labels yet, and no process has left some."""
+    with open_store(out) as file:
+        return not file["done"][:].any() and not _beside(out, r"\.rank\d+")
+
+
 def sha256_of_weights(model: nn.Module) -> str:
     """Of names, shapes, types and bytes of all weights and buffers."""
     digest = hashlib.sha256()
@@ -216,4 +233,4 @@ def sha256_of_weights(model: nn.Module) -> str:
 
 def software() -> str:
     """The versions that made a store; for the reader, nothing depends on them."""
-    return ", ".join(f"{name} {version(name)}" for name in ("qat", "torch", "torchvision", "timm"))
+    return f"qat {qat.__version__}, torch {torch.__version__}, timm {version('timm')}"

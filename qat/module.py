@@ -151,7 +151,9 @@ class QATModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images), sync_dist=True)
         if labels is not None:
             floor = entropy(labels, self.card.num_classes)
-            self.log_dict({"train/label_entropy": floor, "train/kl": loss - floor}, batch_size=len(batch.images))
+            self.log_dict(
+                {"train/label_entropy": floor, "train/kl": loss - floor}, batch_size=len(batch.images), sync_dist=True
+            )
         first, *_, last = self.trainer.optimizers[0].param_groups
         self.log_dict({"lr": first["lr"], "step_lr": last["lr"]})
         for name, penalty in self.penalties():

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 from types import TracebackType
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
@@ -39,7 +40,7 @@ class Progress:
         self._start = self._last = time.monotonic()
         terminal = shown and sys.stderr.isatty()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        self._bar = Bar(*columns, speed_estimate_period=120) if terminal else None
+        self._bar = Bar(*columns, console=Console(stderr=True), speed_estimate_period=120) if terminal else None
         self._task = self._bar.add_task(unit, total=total) if self._bar else None
 
     def __enter__(self) -> Progress:

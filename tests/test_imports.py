@@ -20,7 +20,7 @@ LEVELS = [
     {"ptq", "regularizers", "oscillation", "checkpoint", "teacher", "official"},
     {"module", "data", "callbacks", "agreement", "length", "metrics", "runs"},
     {"trainer", "cli", "labelplan", "labeling"},
-    {"__main__"},
+    {"__main__", "tool"},
 ]
 FRONT = "__init__"  # of the package: names for notebooks, loaded when first used
 LEVEL = {FRONT: len(LEVELS)} | {unit: level for level, units in enumerate(LEVELS) for unit in units}
@@ -48,7 +48,7 @@ HELPERS = {  # what the other files of a folder may import
 KNOWS = {
     "timm": {"models", "data"},
     "lightning": {"module", "callbacks", "data", "length", "metrics", "runs", "trainer", "cli", "labeling"},
-    "jsonargparse": {"cli"},
+    "jsonargparse": {"cli", "tool"},
     "h5py": {"data"},
 }
 WITHOUT_TORCH = {"errors", "recipe", "schedules"}

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from qat.cli import main, run
 from qat.data import ImageNetDataModule
@@ -137,6 +138,18 @@ def test_labels_of_other_images_are_refused(
     (tmp_path / "images/train/cat/7.png").unlink()
     line = fails(capsys, args(config, tmp_path, softlabels, "--data.root", tmp_path / "images"))
     assert "first, nothing is here where the labels have 'cat/7.png'" in line
+
+
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_an_image_of_another_size_stops_the_run_whatever_is_done_about_bad_ones(
+    config: Path, images: Path, softlabels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], on_bad_image: str
+) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    Image.new("RGB", (22, 20)).save(root / "train/bee/2.png")  # not among those that are looked at before
+    options = ("--data.root", root, "--data.on_bad_image", on_bad_image, "--data.workers", 1)
+    line = fails(capsys, args(config, tmp_path / "runs", softlabels, *options))
+    assert "train/bee/2.png: 22 x 20 pixels, but its soft labels were made on 44 x 40" in line
 
 
 def test_an_evaluation_needs_no_labels(config: Path, ckpt: Path) -> None:

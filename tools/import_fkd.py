@@ -1,9 +1,9 @@
 """Soft labels of FKD, a file per image, to one HDF5 file (docs/softlabels.md).
 
-python tools/import_fkd.py SET --data.root /path/to/imagenet --teacher tf_efficientnet_l2.ns_jft_in1k_475
+python tools/import_fkd.py LABELS --data.root /path/to/imagenet --teacher tf_efficientnet_l2.ns_jft_in1k_475
        --label_type marginal_smoothing_k5 --trust_pickles true --out labels.h5
 
-SET holds imagenet/train/<class>/<image>.tar, train/<class>/<image>.tar or <class>/<image>.tar. Every image of
+LABELS holds imagenet/train/<class>/<image>.tar, train/<class>/<image>.tar or <class>/<image>.tar. Every image of
 data.root/train needs its file. A run that was stopped goes on when it is started again with the same options.
 """
 
@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import logging
 import sys
-from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jsonargparse import ArgumentParser
 
-from qat.cli import set_up_logging
 from qat.data.crops import CropLaw
 from qat.data.fkd import LABEL_TYPES, LabelFolder, class_folder
 from qat.data.folder import class_names, find_images
 from qat.data.labelwriter import Writer
 from qat.data.softlabels import Header, open_store, sha256_of
-from qat.errors import QatError, bad_input
-from qat.labelplan import SPLIT, Source, check_out, prepare
+from qat.labelplan import SPLIT, Folder, check_out, prepare
 from qat.preprocessing import Preprocessing
 from qat.progress import Progress
+from qat.tool import run_tool
 
 log = logging.getLogger(__name__)
 UNKNOWN: dict[str, Any] = {"teacher_sha256": "", "seed": -1, "batch_size": 0, "precision": "unknown"}  # not in a set
@@ -57,7 +54,7 @@ class Options:
     """
 
     labels: Path
-    data: Source
+    data: Folder
     teacher: str
     label_type: Literal[
         "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm", "marginal_renorm_k5", "smoothing",
@@ -111,6 +108,8 @@ def import_fkd(options: Options) -> None:
     source = LabelFolder(base, LABEL_TYPES[options.label_type], len(classes), options.trust_pickles)
     source.check(paths)
     crops = source.crops(paths[0])
+    if source.is_half(paths[0]):
+        log.warning("boxes in half precision: those of large images can be a pixel off (docs/softlabels.md)")
     source.row(paths[0], folder / paths[0], crops)  # a wrong label_type, before there is a file
     prepare(options.out, options.header(crops, paths, classes), paths, classes)
     with open_store(options.out) as file:
@@ -122,27 +121,9 @@ def import_fkd(options: Options) -> None:
     log.info("%s: all %d images have labels, %.1f MB", options.out, len(paths), options.out.stat().st_size / 1e6)
 
 
-def read(arguments: list[str] | None) -> Options:
-    """The options of a command line and of the YAML files that it names."""
-    parser = ArgumentParser(prog="import_fkd", description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of options; later options win.")
-    parser.add_argument("labels", metavar="SET", type=Path, help="folder of the label files")
-    parser.add_class_arguments(Options, as_group=False, skip={"labels"})
-    values = parser.instantiate(parser.parse_args(arguments))
-    return Options(**{name: value for name, value in values.items() if name != "config"})
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Import; 0 when that succeeded, 2 with one line on stderr for bad input."""
-    set_up_logging()
-    try:
-        import_fkd(read(arguments))
-    except (QatError, ArgumentError, ValueError) as error:
-        if (bad := bad_input(error)) is None:
-            raise
-        print(f"import_fkd: error: {' '.join(str(bad).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool("import_fkd", __doc__, Options, import_fkd, arguments, labels="folder of the label files")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def look(store: Path, root: Path, image: str | None, count: int | None) -> Scene
 
 def shown(pixels: Tensor, row: Row, labels: SoftLabels, classes: Sequence[str], true: str) -> list[Shown]:
     """The crops of a row, replayed, with their labels as they are trained on."""
-    crops = [Crop(*box, flip) for box, flip in zip(row.boxes.tolist(), row.flips.tolist(), strict=True)]
+    crops = row.crops()
     recovered = recover(labels.header, row.classes, row.probs)
     made = []
     for i, view in enumerate(replay(pixels, crops, SIZE, "bilinear")):

@@ -184,6 +184,10 @@ class LabelFolder:
         """M of an image."""
         return len(self._read(self.file(path))[0])
 
+    def is_half(self, path: str) -> bool:
+        """Whether the boxes of an image are in half precision."""
+        return self._read(self.file(path))[0].dtype == np.float16
+
     def row(self, path: str, image: Path, crops: int) -> Row:
         """The labels of an image; QatError that names the label file if it has other than ``crops`` good ones."""
         file, size = self.file(path), image_size(image)

@@ -116,19 +116,19 @@ class ImageNetDataModule(L.LightningDataModule):
         return batches_per_pass(len(self._trained()), self.batch_size, passes, world_size)
 
     @cached_property
-    def labels(self) -> SoftLabels | None:
+    def store(self) -> SoftLabels | None:
         """The soft labels; QatError when they are of other images than those of training, or of another crop law."""
         if self.softlabels is None:
             return None
         folder, law = self._root() / "train", self._given_law
-        labels = SoftLabels.of(self.softlabels, folder, self.classes, law, self.softlabels_partial)
-        log.info("soft labels of %s", labels)
-        return labels
+        store = SoftLabels.of(self.softlabels, folder, self.classes, law, self.softlabels_partial)
+        log.info("soft labels of %s", store)
+        return store
 
     def _trained(self) -> npt.NDArray[np.int64]:
         """Numbers of the images that are trained on: all, or those of an unfinished store that have labels."""
-        if self.labels is not None:
-            return np.flatnonzero(self.labels.done)
+        if self.store is not None:
+            return np.flatnonzero(self.store.done)
         return np.arange(len(find_images(self._root() / "train")))
 
     def setup(self, stage: str) -> None:
@@ -155,10 +155,10 @@ class ImageNetDataModule(L.LightningDataModule):
     def _training_view(self, epoch: int) -> View:
         """Stored crops where there are soft labels, else new ones."""
         size, how, crops = self._preprocessing().size, self.train_interpolation, self._crops(epoch)
-        if self.labels is None:
+        if self.store is None:
             return CropView(self.law, size, how, crops, self.seed, epoch)
         before = sum(self._crops(earlier) for earlier in range(epoch))
-        return ReplayView(self.labels, self._trained(), size, how, crops, self.seed, before)
+        return ReplayView(self.store, self._trained(), size, how, crops, self.seed, before)
 
     def state_dict(self) -> dict[str, Any]:
         """The pass and how many of its batches are done, for a run that is resumed in the middle of a pass."""
@@ -170,7 +170,7 @@ class ImageNetDataModule(L.LightningDataModule):
     def _order(self, epoch: int) -> dict[str, Any]:
         """What the order of a pass and its batches depend on."""
         sizes = {"batch_size": self.batch_size, "crops": self._crops(epoch), "processes": self._rank()[1]}
-        return sizes | {"seed": self.seed, "images": len(self._trained()), "soft labels": str(self.labels)}
+        return sizes | {"seed": self.seed, "images": len(self._trained()), "soft labels": str(self.store)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the next loader of that pass leave out the batches that are done."""
@@ -212,6 +212,8 @@ class ImageNetDataModule(L.LightningDataModule):
         return self._filled(batch) if self.trainer is not None and self.trainer.training else batch
 
     def _report(self, batch: Batch) -> Batch:
+        if batch.fatal:
+            raise QatError(batch.fatal)
         if batch.bad and self.on_bad_image == "error":
             raise QatError(f"cannot read {batch.bad[0]}; repair it, or set data.on_bad_image: skip")
         for message in batch.bad:

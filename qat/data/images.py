@@ -50,6 +50,7 @@ class Batch(NamedTuple):
     paths: tuple[str, ...]  # one per image, relative to its folder
     bad: tuple[str, ...]  # one message for every file of this batch that could not be read
     soft_labels: TopK | None = None  # replace the labels in the loss
+    fatal: str = ""  # what stops the run, whatever is done about bad images
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,8 @@ class CropView:
     def __call__(self, image: Tensor, index: int, out: Tensor) -> None:
         """Write the m crops of one RGB image."""
         rng, (_, height, width) = rng_for(self.seed, self.epoch, index), image.shape
-        replay(
-            image, [draw(self.law, height, width, rng) for _ in range(self.count)], self.size, self.interpolation, out
-        )
+        crops = [draw(self.law, height, width, rng) for _ in range(self.count)]
+        replay(image, crops, self.size, self.interpolation, out)
 
 
 class Images(Dataset[Batch]):
@@ -112,7 +112,13 @@ class Images(Dataset[Batch]):
         return len(self.paths)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The batch of these indices; one whose files all cannot be read leaves only their messages."""
+        """The batch of these indices; of what cannot be read, or must not be trained on, only a message."""
+        try:
+            return self._batch(indices)
+        except QatError as error:
+            return Batch(new_images(0, self.view.size), torch.empty(0, dtype=torch.int64), (), (), fatal=str(error))
+
+    def _batch(self, indices: Sequence[int]) -> Batch:
         m, S = self.view.count, self.view.size
         images = new_images(len(indices) * m, S)
         paths: list[str] = []
@@ -120,11 +126,13 @@ class Images(Dataset[Batch]):
         bad: list[str] = []
         for index in indices:
             for place in ((index + offset) % len(self.paths) for offset in range(self.tries)):
+                path = self.folder / self.paths[place]
                 try:
-                    labels = self._write(place, images[len(paths) * m : (len(paths) + 1) * m])
-                except QatError as error:
-                    bad.append(str(error))
+                    image = decode(path)
+                except Exception as error:  # Pillow has no common base: OSError, SyntaxError, ValueError, ...
+                    bad.append(f"{path}: {reason(error)}")
                     continue
+                labels = self._views(image, place, images[len(paths) * m :][:m])
                 paths.append(self.paths[place])
                 soft += [] if labels is None else [labels]
                 break
@@ -132,17 +140,12 @@ class Images(Dataset[Batch]):
         stored = TopK(*(torch.cat(parts) for parts in zip(*soft, strict=True))) if soft else None
         return Batch(images[: len(paths) * m], numbers.repeat_interleave(m), tuple(paths), tuple(bad), stored)
 
-    def _write(self, place: int, out: Tensor) -> TopK | None:
-        """The views of one file; QatError with its path if it cannot be read, or has labels of another image."""
-        path = self.folder / self.paths[place]
-        try:
-            image = decode(path)
-        except Exception as error:  # Pillow has no common base: OSError, SyntaxError, ValueError, ...
-            raise QatError(f"{path}: {reason(error)}") from None
+    def _views(self, image: Tensor, place: int, out: Tensor) -> TopK | None:
+        """QatError with the path when an image has labels of another one."""
         try:
             return self.view(image, place, out)
         except QatError as error:
-            raise QatError(f"{path}: {error}") from None
+            raise QatError(f"{self.folder / self.paths[place]}: {error}") from None
 
 
 def as_it_is(batch: Batch) -> Batch:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qat.data.crops import Crop, replay, rng_for
+from qat.data.crops import replay, rng_for
 from qat.data.folder import find_images
 from qat.data.softlabels import HARD, MARGINAL_RENORM, Header, Row, first_difference, names_in, open_store, sha256_of
 from qat.errors import QatError
@@ -39,6 +39,7 @@ class SoftLabels:
         self._opened: tuple[int, int] | None = None  # process, file descriptor
         self.path = path
         with open_store(path) as file:
+            self._file = _identity(path.stat())
             self.header = Header.from_attrs(file.attrs, path)
             self.done: npt.NDArray[np.bool_] = file["done"][:].astype(bool)
             self._offsets = [file[name].id.get_offset() for name in ("crops", "flip", "image_size")]
@@ -82,9 +83,14 @@ class SoftLabels:
 
     def _read(self, part: int, index: int, size: int) -> npt.NDArray[np.uint8]:
         """The ``size`` bytes of a row."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), os.open(self.path, os.O_RDONLY))
-        content = os.pread(self._opened[1], size, self._offsets[part] + index * size)
+        try:
+            if self._opened is None or self._opened[0] != os.getpid():
+                self._opened = (os.getpid(), os.open(self.path, os.O_RDONLY))
+                if _identity(os.fstat(self._opened[1])) != self._file:
+                    raise QatError(f"{self.path} is another file than when training began")
+            content = os.pread(self._opened[1], size, self._offsets[part] + index * size)
+        except OSError as error:
+            raise QatError(f"cannot read the soft labels {self.path}: {error.strerror}") from None
         if len(content) != size:
             raise QatError(f"{self.path} has become shorter: it was complete when it was opened")
         return np.frombuffer(content, np.uint8)
@@ -112,9 +118,10 @@ class SoftLabels:
     def check_finished(self, partial: bool) -> None:
         """QatError for a store in which labels are missing, unless ``partial`` and there are some."""
         if not self.done.all() and not (partial and self.done.any()):
+            way_out = "" if partial else ", or train on those with data.softlabels_partial true"
             raise QatError(
                 f"{self.path} is not finished, {self.done.sum()} of {len(self.done)} images have labels: run "
-                "tools/make_softlabels.py again, or train on those with data.softlabels_partial true"
+                f"tools/make_softlabels.py again{way_out}"
             )
 
     def check_law(self, given: Mapping[str, object]) -> None:
@@ -123,13 +130,17 @@ class SoftLabels:
         for name, value in given.items():
             if not np.allclose(stored[name], value):  # type: ignore[arg-type]
                 option = "data.flip" if name == "flip" else f"data.crop_{name}"
-                raise QatError(f"{option} is {value}, but the crops of {self.path} have {stored[name]}: leave it out")
+                raise QatError(f"{option} is {value}, but the crops of {self.path} have {stored[name]}: set it to null")
 
     def __str__(self) -> str:
         """Teacher, crops and a hash of all that decides the labels."""
         header = self.header
         digest = hashlib.sha256(repr(header).encode()).hexdigest()[:8]
         return f"{header.teacher}, {header.num_crops} crops, top {header.top_k} of {header.num_classes}, {digest}"
+
+
+def _identity(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
 
 
 def check_size(labelled: tuple[int, int], found: tuple[int, int], place: str = "") -> None:
@@ -189,7 +200,5 @@ class ReplayView:
         check_size(row.image_size, (image.shape[1], image.shape[2]))
         row = row.take(chosen(self.seed, index, header.num_crops, self.before, self.count))
         row.check(header.num_classes)
-        boxes = zip(row.boxes.tolist(), row.flips.tolist(), strict=True)
-        crops = [Crop(top, left, height, width, flip) for (top, left, height, width), flip in boxes]
-        replay(image, crops, self.size, self.interpolation, out)
+        replay(image, row.crops(), self.size, self.interpolation, out)
         return recover(header, row.classes, row.probs)

@@ -15,8 +15,7 @@ from qat.data.softlabels import Header, Row, open_store, sync
 from qat.errors import QatError
 
 FLUSH_SECONDS = 30.0
-WAITING = 256  # rows on their way to the disk; more make the teacher wait
-RUN = 1024  # rows copied at a time
+AT_ONCE = 2**26  # bytes of rows on their way to the disk, or copied in one go
 
 
 class Writer:
@@ -33,7 +32,7 @@ class Writer:
         self._ended = False  # no more rows will come
         self._done = self._file["done"][:]
         self._every = flush_seconds
-        self._queue: Queue[tuple[int, Row] | None] = Queue(WAITING)
+        self._queue: Queue[tuple[int, Row] | None] = Queue(_rows(self._file))  # more make the teacher wait
         self._error: BaseException | None = None
         self._thread = Thread(target=self._work, name="soft labels", daemon=True)
         self._thread.start()
@@ -94,6 +93,12 @@ class Writer:
             _flush(self._file)
 
 
+def _rows(file: h5py.File) -> int:
+    """How many rows are at work at once."""
+    _, crops, columns = file["crops"].shape
+    return max(1, min(1024, AT_ONCE // (2 * int(crops) * int(columns))))
+
+
 def _flush(file: h5py.File) -> None:
     file.flush()
     sync(file)
@@ -105,8 +110,8 @@ def absorb(path: Path, part: Path) -> None:
         if Header.from_attrs(file.attrs, path) != Header.from_attrs(source.attrs, part):
             raise QatError(f"{part} was made with other arguments than {path}: remove one of them")
         new = source["done"][:].astype(bool) & ~file["done"][:].astype(bool)
-        for low in range(0, len(new), RUN):
-            rows = slice(low, low + RUN)
+        for low in range(0, len(new), run := _rows(file)):
+            rows = slice(low, low + run)
             if not new[rows].any():
                 continue
             for name in ("crops", "flip", "image_size"):

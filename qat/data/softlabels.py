@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from errno import ENOLCK
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from qat.data.crops import Crop
 from qat.errors import QatError, first_line
 
 FORMAT, VERSION = "qat-softlabels", 1
@@ -59,7 +61,9 @@ class Header:
         if self.label_type == HARD and self.top_k != 1:
             raise QatError(f"topk is {self.top_k}: hard labels are one class, so topk is 1")
         if self.num_crops < 1 or self.num_classes > LARGEST + 1:
-            raise QatError(f"crops is {self.num_crops}, classes {self.num_classes}: 1 or more, and at most {LARGEST}")
+            raise QatError(
+                f"crops is {self.num_crops}, classes {self.num_classes}: at least 1, and at most {LARGEST + 1}"
+            )
         if not self.temperature > 0:
             raise QatError(f"temperature is {self.temperature}: it must be positive")
 
@@ -100,6 +104,11 @@ class Row(NamedTuple):
         crops = np.concatenate([self.boxes, self.classes, self.probs.view(np.uint16)], axis=1)
         return crops, np.packbits(self.flips, bitorder="little")
 
+    def crops(self) -> list[Crop]:
+        """The boxes and flips."""
+        boxes = zip(self.boxes.tolist(), self.flips.tolist(), strict=True)
+        return [Crop(top, left, height, width, flip) for (top, left, height, width), flip in boxes]
+
     def take(self, order: npt.NDArray[np.int64]) -> Row:
         """The same of some crops, in that order."""
         return Row(self.boxes[order], self.flips[order], self.classes[order], self.probs[order], self.image_size)
@@ -129,7 +138,7 @@ def layout(header: Header, images: int, width: int, class_width: int) -> dict[st
 
 def sha256_of(names: Iterable[str]) -> str:
     """Of a list of names: their UTF-8 bytes, each ended by a line feed."""
-    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name}\n" for name in names).encode(errors="surrogateescape")).hexdigest()
 
 
 def row_bytes(header: Header) -> int:
@@ -151,6 +160,7 @@ def create(path: Path, header: Header, paths: Sequence[str], classes: Sequence[s
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # a row written later moves nothing else in the file
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # rows that do not exist yet are holes
     part = path.with_name(f"{path.name}.new")
+    part.unlink(missing_ok=True)
     with h5py.File(part, "w", libver=LIBVER) as file:
         file.attrs.update({"format": FORMAT, "version": VERSION, "software": software, **ENCODING, **header.to_attrs()})
         sizes = layout(header, len(paths), names.dtype.itemsize, class_names.dtype.itemsize)
@@ -165,7 +175,10 @@ def create(path: Path, header: Header, paths: Sequence[str], classes: Sequence[s
 
 def _utf8(names: Sequence[str]) -> npt.NDArray[np.bytes_]:
     """As wide as the longest; a type that HDF5 knows as UTF-8."""
-    content = [name.encode() for name in names]
+    try:
+        content = [name.encode() for name in names]
+    except UnicodeEncodeError as error:
+        raise QatError(f"the name {error.object!a} is not UTF-8, as which names are stored: rename it") from None
     return np.array(content, h5py.string_dtype("utf-8", max(map(len, content))))
 
 
@@ -184,9 +197,14 @@ def open_store(path: Path, mode: str = "r") -> h5py.File:
     try:
         file = h5py.File(path, mode, libver=LIBVER if mode != "r" else None)
     except BlockingIOError:
-        raise QatError(f"{path} is being written by another process: wait until it has ended") from None
+        raise QatError(
+            f"{path} is being written by another process, perhaps one that a stopped run has left: wait until it has "
+            "ended, or end it"
+        ) from None
     except OSError as error:
         why = "it is cut off" if "truncated" in str(error) else first_line(error)
+        if error.errno == ENOLCK:
+            why = "its file system has no locks: set HDF5_USE_FILE_LOCKING=FALSE and never start twice at once"
         raise QatError(f"cannot read the soft labels {path}: {why}") from None
     try:
         _check_layout(file, Header.from_attrs(file.attrs, path), path)

@@ -49,6 +49,12 @@ def test_hashes_are_those_of_the_documentation() -> None:
     assert sha256_of(["a", "b"]) == "911169ddaaf146aff539f58c26c489af3b892dff0fe283c1c264c65ae5aa59a2"
 
 
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    name = os.fsdecode(b"a/\xff.jpg")
+    with pytest.raises(QatError, match=r"the name 'a/\\udcff.jpg' is not UTF-8"):
+        create(tmp_path / "labels.h5", header([name]), [name], CLASSES, "tests")
+
+
 def test_all_space_is_laid_out_before_the_first_label(tmp_path: Path) -> None:
     path = tmp_path / "empty.h5"
     create(path, header(), PATHS, CLASSES, "tests")

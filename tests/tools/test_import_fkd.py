@@ -87,10 +87,10 @@ def test_a_set_is_imported_and_replayed(layout, dtype, command, data, tmp_path):
         assert np.array_equal(row.probs[:, 0], expected[:, 1].astype(np.float16))
         assert row.image_size == (H, W)
 
-    views = ReplayView(labels, np.arange(6), 32, "bilinear", 4, seed=0, before=0)(decode(data / "train" / paths[3]), 3)
-    assert views.images.shape == (4, 3, 32, 32)
-    assert views.soft_labels is not None
-    assert views.soft_labels.probs.shape == (4, 1)
+    view, out = ReplayView(labels, np.arange(6), 32, "bilinear", 4, 0, 0), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    soft_labels = view(decode(data / "train" / paths[3]), 3, out)
+    assert out.any()
+    assert soft_labels.probs.shape == (4, 1)
 
 
 def test_options_are_stored(command, data, tmp_path):

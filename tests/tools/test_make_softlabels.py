@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qat import checkpoint
-from qat.data.crops import Crop, replay
+from qat.data.crops import replay
 from qat.data.decode import decode
 from qat.data.folder import find_images
 from qat.data.labelreader import SoftLabels
@@ -44,8 +44,7 @@ def test_labels_are_what_the_teacher_says_of_the_replayed_crops(images: Path, ck
     assert store.done.all()
     for number, path in enumerate(find_images(images / "train")):
         row = store.row(number)
-        crops = [Crop(*box, flip) for box, flip in zip(row.boxes.tolist(), row.flips.tolist(), strict=True)]
-        views = replay(decode(images / "train" / path), crops, seen.size, seen.interpolation)
+        views = replay(decode(images / "train" / path), row.crops(), seen.size, seen.interpolation)
         probs, classes = teacher(seen.normalize(views)).softmax(-1).topk(2)
         assert np.array_equal(row.classes, classes)
         np.testing.assert_allclose(row.probs, probs, atol=3e-4)  # half precision
@@ -76,50 +75,67 @@ import sys, time
 from qat.data import labelblocks
 pieces = labelblocks.Blocks.pieces
 def until_the_sixth(self, block):
-    if block == 5:
+    if block >= 5:
         time.sleep(2)  # for the writer to flush
         print("halted", flush=True)
         time.sleep(600)
     yield from pieces(self, block)
 labelblocks.Blocks.pieces = until_the_sixth
 from tools.make_softlabels import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
 
 
-def killed(words: list[str], *program: str) -> str:
-    """What a process printed before it, and those it had started, were killed in the middle of their work."""
-    command = [sys.executable, *program, *words]
+@pytest.mark.parametrize("devices", [1, 2])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    images: Path, ckpt: Path, softlabels: Path, tmp_path: Path, devices: int
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "halted.py").write_text(HALTED)
+    out = tmp_path / "work" / "l[1].h5"
+    words = label_options(images, ckpt, out, devices=devices, flush_seconds=0.3)
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
     process = subprocess.Popen(
-        command, cwd=TOOL.parents[1], start_new_session=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(tmp_path / "halted.py"), *words],
+        start_new_session=True, stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdout is not None
-    line = process.stdout.readline()
+    assert [process.stdout.readline() for _ in range(devices)] == ["halted\n"] * devices
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return line
+    assert len(list(out.parent.iterdir())) == (1 if devices == 1 else 3)  # the store, and a part of each process
+    (out.parent / "l[1].h5.rank2.new").write_bytes(b"killed while it was created")
+    (out.parent / "l[1].h5.mine").write_bytes(b"of somebody else")
+    done = sum(int(SoftLabels(path).done.sum()) for path in out.parent.glob("*[0-9]") if path != out)
+    assert 0 < done + SoftLabels(out).done.sum() < 24
+    assert main(label_options(images, ckpt, out)) == 0  # one process takes over what two have left
+    assert out.read_bytes() == softlabels.read_bytes()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["l[1].h5", "l[1].h5.mine"]
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
-    images: Path, ckpt: Path, softlabels: Path, tmp_path: Path
+def test_an_error_of_the_first_process_ends_the_others_and_keeps_their_labels(
+    images: Path, ckpt: Path, tmp_path: Path
 ) -> None:
-    words = label_options(images, ckpt, tmp_path / "labels.h5", flush_seconds=0.3)
-    assert killed(words, "-c", HALTED) == "halted\n"
-    assert 14 <= 24 - SoftLabels(tmp_path / "labels.h5").done.sum() < 24
-    assert main(label_options(images, ckpt, tmp_path / "labels.h5")) == 0
-    assert (tmp_path / "labels.h5").read_bytes() == softlabels.read_bytes()
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    (root / "train" / "cat" / "7.png").write_text("<html>")
+    result = start(*label_options(root, ckpt, tmp_path / "labels.h5", devices=2, batch_size=6))
+    assert "cannot read" in result.communicate(timeout=300)[1]
+    assert result.returncode
+    assert main(label_options(root, ckpt, tmp_path / "labels.h5", batch_size=6, on_bad_image="skip")) == 0
+    assert SoftLabels(tmp_path / "labels.h5").done.sum() == 23
 
 
-def test_one_process_takes_over_what_two_have_left(images: Path, ckpt: Path, softlabels: Path, tmp_path: Path) -> None:
-    out, half = tmp_path / "labels.h5", tmp_path / "half"
-    words = label_options(images, ckpt, out, flush_seconds=0.3)
-    assert killed(words, "-c", HALTED) == "halted\n"
-    half.mkdir()
-    shutil.copy(out, half / "labels.h5.rank1")  # as a second process leaves it
-    (half / "labels.h5.rank0.new").write_bytes(b"killed while it was created")
-    assert main(label_options(images, ckpt, half / "labels.h5")) == 0
-    assert (half / "labels.h5").read_bytes() == softlabels.read_bytes()
-    assert [path.name for path in half.iterdir()] == ["labels.h5"]
+def test_a_store_without_labels_is_begun_anew_with_other_options(images: Path, ckpt: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "images", tmp_path / "labels.h5"
+    shutil.copytree(images, root)
+    first = root / "train" / "ant" / "0.png"
+    good = first.read_bytes()
+    first.write_text("<html>")
+    assert main(label_options(root, ckpt, out)) == 2
+    first.write_bytes(good)
+    assert main(label_options(root, ckpt, out, crops=7, batch_size=7)) == 0
+    assert SoftLabels(out).header.num_crops == 7
 
 
 def test_other_options_are_refused_by_name(
@@ -154,7 +170,12 @@ def test_other_images_are_refused_by_the_first_that_differs(
         ({"label_type": "hard"}, "hard labels are one class"),
         ({"crops": 0}, "crops is 0"),
         ({"out": "/nowhere/labels.h5"}, "there is no folder /nowhere"),
+        ({"out": "/tmp"}, "out is /tmp, a folder"),
         ({"crop": 3}, "crop"),
+        ({"flush_seconds": 0}, "flush_seconds is 0.0: it must be positive"),
+        ({"precision": "16-true"}, "precision"),
+        ({"precision": "16-mixed"}, "16-mixed, which needs a GPU"),
+        ({"accelerator": "abacus"}, "accelerator abacus, devices 1: "),
         ({"crop_scale": "[0.5,2.0]"}, "crop scale is"),
     ],
     ids=str,
