@@ -164,7 +164,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     console, results = Console(), []
-    variants = [*VARIANTS, *(BLOCKS if options.blocks else ())]
+    variants = [v for v in VARIANTS if not (v.compiled and options.eager)] + [*(BLOCKS if options.blocks else ())]
     for device, dtype in settings():
         console.print(f"{device}, {dtype} ...", highlight=False)
         rows = measure(maker(options, device, dtype), variants, options.repeats, device == "cuda")
@@ -184,6 +184,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each variant (7)")
     parser.add_argument("--bits", type=int, default=4, help="width of weights and activations (4)")
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm model (deit_tiny_patch16_224)")
+    parser.add_argument("--eager", action="store_true", help="leave out what torch.compile compiles")
     parser.add_argument("--blocks", action="store_true", help="also compile whole blocks, for comparison")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; PyTorch's choice when not given")
     return parser.parse_args()

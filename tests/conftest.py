@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from qat.cli import QatCLI, run
+from qat.module import QATModule
 from tools.make_softlabels import main as make_softlabels
 
 # one thread per worker: two workers with two threads each on two cores wait for each other most of the time
@@ -97,3 +98,19 @@ def label_options(images: Path, ckpt: Path, labels: Path, /, **changes: object) 
 def fixed_images() -> torch.Tensor:
     """uint8 images (5, 3, 32, 32)."""
     return torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def interrupt_at_step(step: int, words: list[str]) -> None:
+    """Run a command until an error in the middle of its work."""
+    original = QATModule.training_step
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        if self.global_step == step:
+            raise RuntimeError("stopped")
+        return original(self, batch, batch_idx)
+
+    QATModule.training_step = training_step  # type: ignore[method-assign]
+    try:
+        run(words)
+    finally:
+        QATModule.training_step = original  # type: ignore[method-assign]

@@ -15,8 +15,7 @@ from PIL import Image
 from qat.cli import main, run
 from qat.data import ImageNetDataModule
 from qat.data.labelreader import SoftLabels
-from qat.module import QATModule
-from tests.conftest import label_options
+from tests.conftest import interrupt_at_step, label_options
 from tools.make_softlabels import main as make_softlabels
 
 
@@ -74,21 +73,6 @@ def test_a_resumed_run_sees_the_crops_that_were_left(config: Path, softlabels: P
     rest = run([*words, "--ckpt", "last"])
     ours, theirs = rest.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
-def interrupt_at_step(step: int, words: list[str]) -> None:
-    original = QATModule.training_step
-
-    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
-        if self.global_step == step:
-            raise RuntimeError("stopped")
-        return original(self, batch, batch_idx)
-
-    QATModule.training_step = training_step  # type: ignore[method-assign]
-    try:
-        run(words)
-    finally:
-        QATModule.training_step = original  # type: ignore[method-assign]
 
 
 def test_a_partly_built_store_is_used_when_asked_for(
