@@ -89,8 +89,8 @@ def read_rows_of(arguments: tuple[Path, int]) -> float:
 def generated(root: Path, count: int = 400) -> None:
     """Smooth noise with a fine grain, about 90 kB each, as large as an average image of ImageNet."""
     rng = np.random.default_rng(0)
-    for i in range(count):
-        path = root / "train" / f"c{i % 8}" / f"{i}.jpg"
+    for i in range(count + 8):
+        path = root / ("train" if i < count else "val") / f"c{i % 8}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
         grain = rng.normal(0, 12, (375, 500, 1))
