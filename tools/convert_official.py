@@ -1,11 +1,11 @@
-"""Official DeiT and VVTQ checkpoints to files that qat reads.
+"""Official DeiT, Swin, SReT and VVTQ checkpoints to files that qat reads.
 
     python tools/convert_official.py deit_tiny_patch16_224-a1311bcf.pth checkpoints/deit_t.safetensors
     python tools/convert_official.py model_best.pth.tar vvtq_deit_t_w4a4.ckpt
 
 Float weights, official or with the split projections of VVTQ, become a .safetensors file for `--model.checkpoint`.
-A quantised VVTQ DeiT becomes a .ckpt file that describes itself, for `qat validate --ckpt` and `qat.load`; it has no
-state of an optimiser, so a run cannot go on from it. What does not fit exactly is refused, and nothing is written then.
+A quantised model of VVTQ becomes a .ckpt file that describes itself, for `qat validate --ckpt` and `qat.load`; it has
+no state of an optimiser, so a run cannot go on from it. What does not fit exactly is refused, and nothing is written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import save
@@ -25,18 +26,20 @@ from torch import Tensor
 from qat.checkpoint import KEY, PREFIX
 from qat.data.folder import wnids
 from qat.errors import QatError, first_line
-from qat.official import Converted, convert
+from qat.official import Converted, ReductionBits, convert
 
 log = logging.getLogger(__name__)
-CONTAINERS = ("model", "state_dict")  # of DeiT, and of VVTQ
+CONTAINERS = ("model", "state_dict")  # of float weights, and of VVTQ
 MODULE = "module."  # put there by (Distributed)DataParallel
+REDUCTION_HELP = "of a quantised Swin, which may have other than 8 bits where patches are merged: trained keeps them"
+PERMUTATION_HELP = "order of tokens in a quantised SReT: portable (default), identity, or a seed"
 LIGHTNING = {"pytorch-lightning_version": "2.5.0"}  # asked of every file that is validated; the oldest that qat allows
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """The table of weights in a file, out of its container and without ``module.``; QatError if that is ambiguous."""
     if not path.is_file():
-        raise QatError(f"no file {path}: give the .pth or .pth.tar file of a DeiT or of VVTQ")
+        raise QatError(f"no file {path}: give an official .pth or .pth.tar file, or one of VVTQ")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
@@ -105,7 +108,7 @@ def summary(converted: Converted) -> str:
     """Model, widths and counts in a few words."""
     steps = sum(value.numel() for name, value in converted.state.items() if name.endswith("_quant.step"))
     rules = converted.card.rules if converted.card else []
-    bits = {rule["match"]: rule["spec"]["init_args"]["bits"] for rule in rules}
+    bits = {rule["match"]: rule["spec"]["init_args"]["bits"] for rule in rules if rule["spec"]}
     kind = f"W{bits['*.weight_quant']}A{bits['*.input_quant']} with {steps} steps" if bits else "float"
     return f"{converted.arch}, {kind}, {len(converted.state)} tensors"
 
@@ -113,17 +116,25 @@ def summary(converted: Converted) -> str:
 def run(args: argparse.Namespace) -> str:
     """Convert a file; the line that says what was written."""
     check_output(args.output, args.input, args.force)
-    converted = convert(read(args.input), args.arch, wnids())
+    model_args = {} if args.eval_permutation is None else {"eval_permutation": args.eval_permutation}
+    converted = convert(read(args.input), args.arch, wnids(), model_args, args.reduction_bits)
     write(converted, args.output)
     return f"{args.output}: {summary(converted)}"
 
 
+def permutation(text: str) -> str | int:
+    """A seed, or the name of an order."""
+    return int(text) if text.isdecimal() else text
+
+
 def main() -> None:
     """Read the command line and convert."""
-    parser = argparse.ArgumentParser(description="Convert an official DeiT or VVTQ checkpoint for qat.")
+    parser = argparse.ArgumentParser(description="Convert an official checkpoint for qat.")
     parser.add_argument("input", type=Path, help="official .pth or .pth.tar file")
     parser.add_argument("output", type=Path, help=".safetensors for float weights, .ckpt for a quantised model")
-    parser.add_argument("--arch", help="timm name of the model; told by width and depth when left out")
+    parser.add_argument("--arch", help="timm name of the model; told by names and sizes when left out")
+    parser.add_argument("--reduction_bits", choices=get_args(ReductionBits), default="8", help=REDUCTION_HELP)
+    parser.add_argument("--eval_permutation", type=permutation, help=PERMUTATION_HELP)
     parser.add_argument("--force", action="store_true", help="overwrite OUTPUT")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

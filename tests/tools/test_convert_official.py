@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 
 import qat
+from qat.checkpoint import read
 from qat.cli import main, run
 from qat.data.folder import wnids
 from qat.models import build_float
 from qat.official import convert
 from tests.conftest import CLASSES, write_images
-from tests.test_official import TINY, fill, quantised
+from tests.official.deit import TINY, fill, quantised
+from tests.official.layouts import float32, fused
+from tests.official.layouts import images as official_images
+from tests.official.sret import SReT
+from tests.official.sret import fill as sret_fill
+from tests.official.sret import quantised as sret_quantised
 
 spec = importlib.util.spec_from_file_location("tool", Path(__file__).parents[2] / "tools/convert_official.py")
 assert spec is not None
@@ -34,7 +40,7 @@ REST = {"epoch": 150, "arch": "resnet50", "best_acc1": torch.tensor(74.7), "opti
 @pytest.fixture(scope="module")
 def quantised32() -> dict[str, Tensor]:
     """A complete W4A3 table."""
-    table = {name: value.float() for name, value in quantised(fill(), 4, 3).items()}
+    table = float32(quantised(4, 3))
     for name in [name for name in table if name.endswith("init_state")]:
         table[name].fill_(1)
     return table
@@ -44,7 +50,7 @@ def quantised32() -> dict[str, Tensor]:
 def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Float weights as VVTQ's training writes them."""
     path = tmp_path_factory.mktemp("float") / "deit_tiny.pth"
-    torch.save({"model": {name: value.float() for name, value in fill().items()}}, path)
+    torch.save({"model": float32(fill())}, path)
     return path
 
 
@@ -104,6 +110,37 @@ def test_float_weights_are_loaded_strictly(command, float_file, tmp_path):
     assert command(float_file, output) == f"{output}: {TINY}, float, 152 tensors\n"
     model = build_float(TINY, str(output))
     assert torch.equal(model.blocks[3].attn.qkv.weight[192:384], fill()["blocks.3.attn.proj_k.weight"].float())
+
+
+@torch.no_grad()
+def test_a_quantised_sret_computes_what_the_official_one_does(command, tmp_path):
+    table = sret_quantised()
+    SReT(table)(official_images())  # gives the activations their steps
+    table, output = float32(table), tmp_path / "sret.ckpt"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in table.items()}, **REST}, tmp_path / "a.tar")
+    line = command(tmp_path / "a.tar", output, "--eval_permutation", "identity")
+    assert line == f"{output}: sret_tiny, W4A4 with 232 steps, 592 tensors\n"
+    assert read(output)[0].model_args == {"eval_permutation": "identity"}
+    table = {name: value.double() if value.is_floating_point() else value for name, value in table.items()}
+    theirs = SReT(table)(official_images()[:1])
+    torch.testing.assert_close(qat.load(output).double()(official_images()[:1]), theirs, rtol=0, atol=1e-9)
+
+
+def test_float_weights_of_sret_are_loaded_strictly(command, tmp_path):
+    torch.save({"model": float32(fused(sret_fill()))}, tmp_path / "sret.pth")
+    output = tmp_path / "sret.safetensors"
+    assert command(tmp_path / "sret.pth", output) == f"{output}: sret_tiny, float, 350 tensors\n"
+    model = build_float("sret_tiny", str(output))
+    key = sret_fill()["transformers.2.blocks.8.attn.proj_k.weight"]
+    assert torch.equal(model.stages[2].blocks[2].attn.qkv.weight[256:512], key.float())
+    assert model.patch_embed.bn3.num_batches_tracked == 1003
+    assert "leave it out" in command(tmp_path / "sret.pth", output, "--force", "--eval_permutation", "identity")
+
+
+def test_options_reach_the_converter(command, quantised_file, tmp_path):
+    assert "merges no patches" in command(quantised_file, tmp_path / "a.ckpt", "--reduction_bits", "trained")
+    assert "'eval_permutation': 3" in command(quantised_file, tmp_path / "a.ckpt", "--eval_permutation", "3")
+    assert "swin_tiny" in command(quantised_file, tmp_path / "a.ckpt", "--arch", "swin_large_patch4_window7_224")
 
 
 def test_an_output_is_overwritten_only_when_asked(command, float_file, tmp_path):

@@ -1,0 +1,64 @@
+"""Official files of Swin (arXiv 2103.14030), and of VVTQ after them.
+
+Official names merge patches at the end of a stage, timm's at the start of the next, and the head is a module deeper
+there. Files hold the table of relative positions and the masks of shifted windows too, which timm computes.
+VVTQ quantises neither the image nor the input of the merging; the widths of the merging weights are parameters there.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import ClassVar
+
+from qat.models import build_float
+from qat.official.family import Family, Places, Sizes, Table
+
+MERGING = {s: f"layers.{s + 1}.downsample.reduction" for s in range(3)}  # stage of the file -> our layer
+
+
+class Swin(Family):
+    """Swin-T, S and B with windows of 7 tokens, and float weights of any timm Swin that is named."""
+
+    mark = "layers."
+    prefix = "swin_"
+    archs: ClassVar[Sizes] = {
+        (96, 12): "swin_tiny_patch4_window7_224",
+        (96, 24): "swin_small_patch4_window7_224",
+        (128, 24): "swin_base_patch4_window7_224",
+    }
+    outside: ClassVar[Places] = {
+        "patch_embed.proj.weight_quant": ("patch_embed.proj",),
+        **{f"{layer}.weight_quant": (f"layers.{s}.downsample.reduction",) for s, layer in MERGING.items()},
+        "head.fc.input_quant": ("quant",),
+        "head.fc.weight_quant": ("head",),
+    }
+    trained = tuple(f"{layer}.weight_quant" for layer in MERGING.values())
+    unused = ("patch_embed.quant",)
+    rules = tuple({"match": f"{place}.input_quant", "spec": None} for place in ("patch_embed.proj", "*.reduction"))
+
+    def measure(self, table: Table) -> tuple[int, int]:
+        """Width of the first stage, and blocks of all stages."""
+        width = table["patch_embed.norm.weight"].numel() if "patch_embed.norm.weight" in table else 0
+        blocks = (re.match(r"layers\.\d+\.blocks\.\d+\.", name) for name in table)
+        return width, len({block[0] for block in blocks if block})
+
+    def refusal(self, measured: tuple[int, int]) -> str:
+        width, depth = measured
+        where = "(patch_embed.norm, layers)"
+        return f"width {width} and depth {depth} {where} tell no Swin-T, S or B: give its timm name (--arch)"
+
+    def rename(self, name: str) -> str:
+        name = re.sub(r"^head\.fc\.", "head.", name)
+        return re.sub(r"^layers\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) - 1}.downsample.", name)
+
+    def constants(self, arch: str) -> Table:
+        return _computed(arch)
+
+
+@cache
+def _computed(arch: str) -> Table:
+    """The buffers of timm's model that are not part of its weights."""
+    model = build_float(arch, None)
+    weights = model.state_dict()
+    return {name: value for name, value in model.named_buffers() if name not in weights}
