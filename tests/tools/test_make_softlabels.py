@@ -100,7 +100,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         start_new_session=True, stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(devices)] == ["halted\n"] * devices
+    halted = (line for line in process.stdout if line == "halted\n")  # gloo may say something too
+    assert len([next(halted) for _ in range(devices)]) == devices
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert len(list(out.parent.iterdir())) == (1 if devices == 1 else 3)  # the store, and a part of each process
