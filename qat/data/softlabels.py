@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from errno import ENOLCK
@@ -23,6 +24,7 @@ from qat.errors import QatError, first_line
 
 FORMAT, VERSION = "qat-softlabels", 1
 MARGINAL_SMOOTHING, MARGINAL_RENORM, HARD = LABEL_TYPES = ("marginal_smoothing", "marginal_renorm", "hard")
+LOCK_SECONDS = 5.0
 LARGEST = 65535  # of a coordinate, an image side, a class
 LIBVER = ("earliest", "v108")  # newer formats mark a file that is open for writing, and refuse it after a kill
 ENCODING = {"box_encoding": "pixel_tlhw_u16", "value_encoding": "f16_bits_u16", "flip_encoding": "bits_little_u8"}
@@ -195,7 +197,7 @@ def open_store(path: Path, mode: str = "r") -> h5py.File:
             "(--data.softlabels null --model.teacher NAME)"
         )
     try:
-        file = h5py.File(path, mode, libver=LIBVER if mode != "r" else None)
+        file = _unlocked(path, mode)
     except BlockingIOError:
         raise QatError(
             f"{path} is being written by another process, perhaps one that a stopped run has left: wait until it has "
@@ -212,6 +214,18 @@ def open_store(path: Path, mode: str = "r") -> h5py.File:
         file.close()
         raise
     return file
+
+
+def _unlocked(path: Path, mode: str) -> h5py.File:
+    """The file, waiting a little: a process that was killed keeps its lock for a moment."""
+    patience = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return h5py.File(path, mode, libver=LIBVER if mode != "r" else None)
+        except BlockingIOError:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.2)
 
 
 def _check_layout(file: h5py.File, header: Header, path: Path) -> None:
