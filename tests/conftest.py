@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,15 @@ def label_options(images: Path, ckpt: Path, labels: Path, /, **changes: object) 
         "topk": 2, "batch_size": 12, "workers": 0, "accelerator": "cpu", "devices": 1,
     }  # fmt: skip
     return [word for name, value in (options | changes).items() for word in (f"--{name}", str(value))]
+
+
+def with_broken(images: Path, root: Path, name: str) -> tuple[Path, bytes]:
+    """A copy of the tree at ``root`` in which one training image is none: its path, and what it was."""
+    shutil.copytree(images, root)
+    broken = root / "train" / name
+    good = broken.read_bytes()
+    broken.write_text("<html>")
+    return broken, good
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from PIL import Image
 from qat.cli import main, run
 from qat.data import ImageNetDataModule
 from qat.data.labelreader import SoftLabels
-from tests.conftest import interrupt_at_step, label_options
+from tests.conftest import interrupt_at_step, label_options, with_broken
 from tools.make_softlabels import main as make_softlabels
 
 
@@ -79,10 +79,7 @@ def test_a_partly_built_store_is_used_when_asked_for(
     config: Path, images: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = tmp_path / "images", tmp_path / "labels.h5"
-    shutil.copytree(images, root)
-    broken = root / "train" / "bee" / "3.png"
-    good = broken.read_bytes()
-    broken.write_text("<html>")
+    broken, good = with_broken(images, root, "bee/3.png")
     assert make_softlabels(label_options(root, ckpt, out, on_bad_image="skip")) == 0
     words = args(config, tmp_path / "runs", out, "--data.root", root)
     assert "is not finished, 23 of 24 images have labels" in fails(capsys, words)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qat.models import build_float
 from qat.models.sret_float import SReT
+from tests.formula import filled
 
 TINY = {"img_size": 32, "embed_dims": (12, 24), "depths": (1, 2), "num_heads": (2, 4), "groups": ((4, 2), (2, 1))}
 SPLIT = ("proj_q", "proj_k", "proj_v")  # the official layout has three projections
@@ -19,11 +20,6 @@ def tiny(**arguments) -> SReT:
 
 def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def formula(count: int, rank: int) -> Tensor:
-    m = torch.arange(count)
-    return 2 * ((31 * m * m + 7919 * m + 104729 * rank) % 10007).double() / 10007 - 1
 
 
 def official_names(name: str) -> list[str]:
@@ -48,21 +44,8 @@ def fill(model: nn.Module) -> dict[str, int]:
     for name, value in state.items():
         parts = value.chunk(len(official_names(name)))
         for part, official in zip(parts, official_names(name), strict=True):
-            f = formula(part.numel(), ranks[official]).view_as(part)
-            part.copy_(by_rule(official, f))
+            part.copy_(filled(official, tuple(part.shape), ranks[official]))
     return ranks
-
-
-def by_rule(name: str, f: Tensor) -> Tensor:
-    if name.endswith("running_var"):
-        return 1 + 0.5 * f
-    if "coefficient" in name or (f.ndim == 1 and name.endswith("weight")):
-        return 1 + 0.1 * f
-    if name.endswith("running_mean"):
-        return 0.1 * f
-    if name == "pos_embed" or f.ndim == 1:
-        return 0.02 * f
-    return f * (3 / (f.numel() / f.shape[0])) ** 0.5
 
 
 def double(values: Iterable[float]) -> Tensor:

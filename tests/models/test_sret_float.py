@@ -11,7 +11,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from qat.errors import QatError
 from qat.models import build_float, default_preprocessing
 from qat.models.sret_float import Grouping, NonProjection, RecursiveBlock, Stage, evaluation_order
-from tests.models.sret_weights import double, fill, formula, images, tiny
+from tests.formula import f as formula
+from tests.models.sret_weights import double, fill, images, tiny
 
 P = torch.tensor([3, 0, 7, 5, 1, 6, 2, 4])
 

@@ -13,7 +13,8 @@ from qat.insert import quantize, quantizers, weight_sites
 from qat.models import param_groups
 from qat.models.sret_float import SReT
 from qat.recipe import build_recipe
-from tests.models.sret_weights import double, fill, formula
+from tests.formula import f as formula
+from tests.models.sret_weights import double, fill
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from math import prod, sqrt
+from math import sqrt
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from qat.insert import quantize, quantizers
 from qat.models import build_float
 from qat.quantizers import Quantizer
 from qat.recipe import Rule, build_recipe
+from tests import formula
 
 SWIN_T = "swin_tiny_patch4_window7_224"
 AS_VVTQ = [{"match": f"{place}.input_quant", "spec": None} for place in ("patch_embed.proj", "*.reduction")]
@@ -66,12 +67,6 @@ def test_the_cost_of_swin_tiny_by_hand():
     assert found.size_mb == pytest.approx((packed + others * 4) / 1e6)
 
 
-def f(n: int, t: int) -> Tensor:
-    """Numbers in -1..1 that every machine computes alike."""
-    m = torch.arange(n)
-    return 2 * ((31 * m * m + 7919 * m + 104729 * t) % 10007).double() / 10007 - 1
-
-
 def official_name(name: str) -> str:
     """VVTQ merges at the end of a stage, timm at the start of the next."""
     if ".downsample." in name:
@@ -91,23 +86,12 @@ def filled() -> dict[str, Tensor]:
             split = official_name(name).replace(".qkv.", f".proj_{part}.")
             shapes[split] = shape if part == "-" else (shape[0] // 3, *shape[1:])
     assert len(shapes) == 221
-    table = {name: fill(name, shapes[name], t) for t, name in enumerate(sorted(shapes))}
+    table = {name: formula.filled(name, shapes[name], t) for t, name in enumerate(sorted(shapes))}
     parts = {name: [official_name(name).replace(".qkv.", f".proj_{part}.") for part in "qkv"] for name in ours}
     return {
         name: torch.cat([table[part] for part in parts[name]]) if ".qkv." in name else table[official_name(name)]
         for name in ours
     }
-
-
-def fill(name: str, shape: tuple[int, ...], t: int) -> Tensor:
-    values = f(prod(shape), t).view(shape)
-    if name.endswith((".bias", "relative_position_bias_table")):
-        return 0.02 * values
-    return 1 + 0.1 * values if len(shape) == 1 else values * sqrt(3 / (values.numel() / shape[0]))
-
-
-def official_images() -> Tensor:
-    return 2 * f(2 * 3 * 224 * 224, 999).view(2, 3, 224, 224)
 
 
 def of_formula() -> nn.Module:
@@ -119,7 +103,7 @@ def of_formula() -> nn.Module:
 @torch.no_grad()
 def test_the_float_model_gives_the_logits_of_the_official_code():
     model = quantize(of_formula(), [])
-    assert model(official_images()[:1])[0, :5].tolist() == pytest.approx(LOGITS["float"], abs=1e-7)
+    assert model(formula.images()[:1])[0, :5].tolist() == pytest.approx(LOGITS["float"], abs=1e-7)
 
 
 @torch.no_grad()
@@ -139,11 +123,11 @@ def test_the_quantised_model_gives_the_logits_of_the_official_code():
     activations = [quantizer for _, quantizer in quantizers(model) if quantizer.layout.batched]
     assert len(activations) == 97
     hooks = [q.register_forward_pre_hook(lambda module, args: first_step(module, args[0])) for q in activations]
-    assert model(official_images())[0, :5].tolist() == pytest.approx(LOGITS["w4a4"], abs=1e-7)
+    assert model(formula.images())[0, :5].tolist() == pytest.approx(LOGITS["w4a4"], abs=1e-7)
     for hook in hooks:
         hook.remove()
     for quantizer in activations:
         if quantizer.offset is not None:
             quantizer.offset.fill_(-0.17)
-    found = model(official_images()[:1])
+    found = model(formula.images()[:1])
     assert found[0, :5].tolist() == pytest.approx(LOGITS["w4a4, offset -0.17"], abs=1e-7)

@@ -7,7 +7,7 @@ passes written here, which then hold the converted models.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import prod, sqrt
+from math import sqrt
 
 import pytest
 import torch
@@ -17,22 +17,12 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.insert import quantizers, raise_for_uncalibrated
 from qat.official import convert
+from tests import formula
 
 Table = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 UNSIGNED = (".quant_attn", ".mlp.quant2")
 CLASSES = 1000
-
-
-def f(n: int, t: int) -> Tensor:
-    """Numbers in -1..1 that every machine computes alike."""
-    m = torch.arange(n)
-    return 2 * ((31 * m * m + 7919 * m + 104729 * t) % 10007).double() / 10007 - 1
-
-
-def images() -> Tensor:
-    """Two images, float64."""
-    return 2 * f(2 * 3 * 224 * 224, 999).view(2, 3, 224, 224)
 
 
 def with_biases(layers: Shapes) -> Shapes:
@@ -50,19 +40,7 @@ def block(at: str, C: int, hidden: int) -> Shapes:
 
 def filled(shapes: Shapes) -> Table:
     """Float weights, float64, numbered in the order of their names."""
-    return {name: _fill(name, f(prod(shapes[name]), t).view(shapes[name])) for t, name in enumerate(sorted(shapes))}
-
-
-def _fill(name: str, values: Tensor) -> Tensor:
-    if name.endswith("running_var"):
-        return 1 + 0.5 * values
-    if "coefficient" in name or (values.ndim == 1 and name.endswith("weight")):
-        return 1 + 0.1 * values
-    if name.endswith("running_mean"):
-        return 0.1 * values
-    if values.ndim == 1 or name.endswith(("cls_token", "pos_embed", "bias_table")):
-        return 0.02 * values
-    return values * sqrt(3 / (values.numel() / len(values)))
+    return {name: formula.filled(name, shapes[name], t) for t, name in enumerate(sorted(shapes))}
 
 
 def fused(table: Table) -> Table:

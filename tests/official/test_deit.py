@@ -14,6 +14,7 @@ from qat.errors import QatError
 from qat.models import build_float
 from qat.official import conversion, convert
 from qat.recipe import build_recipe
+from tests.formula import images
 from tests.official.deit import DEPTH, LOGITS, OTHERS, TINY, DeiT, fill, quantised, shapes
 from tests.official.layouts import (
     CLASSES,
@@ -22,7 +23,6 @@ from tests.official.layouts import (
     count,
     float32,
     fused,
-    images,
     model_of,
     numbered,
     owners,

@@ -13,6 +13,7 @@ from torch import Tensor
 from qat.models import build_float
 from qat.official import convert
 from qat.recipe import build_recipe
+from tests.formula import images
 from tests.official.layouts import (
     CLASSES,
     Found,
@@ -20,7 +21,6 @@ from tests.official.layouts import (
     count,
     float32,
     fused,
-    images,
     model_of,
     numbered,
     owners,

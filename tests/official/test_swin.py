@@ -16,6 +16,7 @@ from qat.official import convert
 from qat.official.swin import Swin as Family
 from qat.quantizers import FloatSite
 from qat.recipe import build_recipe
+from tests.formula import images
 from tests.official.layouts import (
     CLASSES,
     Found,
@@ -23,7 +24,6 @@ from tests.official.layouts import (
     count,
     float32,
     fused,
-    images,
     model_of,
     numbered,
     owners,

@@ -21,9 +21,9 @@ from qat.data.folder import wnids
 from qat.models import build_float
 from qat.official import convert
 from tests.conftest import CLASSES, write_images
+from tests.formula import images as official_images
 from tests.official.deit import TINY, fill, quantised
 from tests.official.layouts import float32, fused
-from tests.official.layouts import images as official_images
 from tests.official.sret import SReT
 from tests.official.sret import fill as sret_fill
 from tests.official.sret import quantised as sret_quantised

@@ -20,7 +20,7 @@ from qat.data.decode import decode
 from qat.data.folder import find_images
 from qat.data.labelreader import SoftLabels
 from qat.preprocessing import Preprocessing
-from tests.conftest import label_options
+from tests.conftest import label_options, with_broken
 from tools.make_softlabels import main
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_softlabels.py"
@@ -118,8 +118,7 @@ def test_an_error_of_the_first_process_ends_the_others_and_keeps_their_labels(
     images: Path, ckpt: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "images"
-    shutil.copytree(images, root)
-    (root / "train" / "cat" / "7.png").write_text("<html>")
+    with_broken(images, root, "cat/7.png")
     result = start(*label_options(root, ckpt, tmp_path / "labels.h5", devices=2, batch_size=6))
     assert "cannot read" in result.communicate(timeout=300)[1]
     assert result.returncode
@@ -129,10 +128,7 @@ def test_an_error_of_the_first_process_ends_the_others_and_keeps_their_labels(
 
 def test_a_store_without_labels_is_begun_anew_with_other_options(images: Path, ckpt: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "images", tmp_path / "labels.h5"
-    shutil.copytree(images, root)
-    first = root / "train" / "ant" / "0.png"
-    good = first.read_bytes()
-    first.write_text("<html>")
+    first, good = with_broken(images, root, "ant/0.png")
     assert main(label_options(root, ckpt, out)) == 2
     first.write_bytes(good)
     assert main(label_options(root, ckpt, out, crops=7, batch_size=7)) == 0
@@ -194,10 +190,7 @@ def test_an_unreadable_image_stops_the_work_or_is_left_out(
     images: Path, ckpt: Path, softlabels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = tmp_path / "images", tmp_path / "labels.h5"
-    shutil.copytree(images, root)
-    broken = root / "train" / "bee" / "3.png"
-    good = broken.read_bytes()
-    broken.write_text("<html>")
+    broken, good = with_broken(images, root, "bee/3.png")
     line = fails(capsys, *label_options(root, ckpt, out))
     assert f"cannot read {broken}: not an image; repair it, or set on_bad_image skip" in line
     assert SoftLabels(out).done.sum() == 11  # what came before is kept
