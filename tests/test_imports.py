@@ -38,7 +38,7 @@ SIDEWAYS = {
     ("labeling", "labelplan"),
 }
 HELPERS = {  # what the other files of a folder may import
-    "quantizers": {"base", "fitting", "kernels"},
+    "quantizers": {"base", "fitting", "kernels", "lsq", "uniform"},
     "models": {"attention", "build", "layers", "sret_float"},
     "ptq": {"base"},
     "regularizers": {"base"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,15 @@ class FloatSite(nn.Identity):
 class Quantizer(nn.Module, ABC):
     """Maps a tensor to integer codes and back to values; ``forward`` is ``decode(encode(x))``, bit for bit.
 
-    Parameters are allocated as NaN, so a forgotten calibration shows at once, and are filled by `init_from`.
+    Parameters are allocated as NaN, so a forgotten calibration shows at once, and are filled by `init_from`, or by
+    `set_range_` and `refine_` where a method of calibration searches for a range.
 
     Args:
         spec: bits, range and options.
         layout: how the tensor is cut into the G groups that share a step.
     """
+
+    ranged: ClassVar[bool] = False  # the parameters follow from a range: `set_range_`
 
     def __init__(self, spec: Spec, layout: Layout) -> None:
         super().__init__()
@@ -43,6 +47,17 @@ class Quantizer(nn.Module, ABC):
     def init_from(self, samples: Tensor) -> None:
         """Choose the parameters from samples (G, n) of the tensor, float32."""
 
+    def set_range_(self, low: Tensor, high: Tensor) -> None:
+        """Choose the parameters so that the codes cover low..high (G,); only where `ranged`."""
+        raise NotImplementedError(f"{type(self.spec).__name__} has no range")
+
+    def refine_(self, samples: Tensor) -> None:
+        """Choose, from samples (G, n), what a range leaves open; most quantizers leave nothing."""
+
+    def target(self, x: Tensor) -> Tensor:
+        """What ``forward`` approximates; its error is measured against it."""
+        return x
+
     @abstractmethod
     def project_(self) -> None:
         """Move the parameters back to legal values after an optimiser step."""
@@ -59,8 +74,8 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def calibrated(self) -> bool:
-        """Every parameter is finite."""
-        return all(bool(torch.isfinite(p).all()) for p in self.parameters())
+        """Every parameter and buffer is finite."""
+        return all(bool(torch.isfinite(values).all()) for values in (*self.parameters(), *self.buffers()))
 
     def view(self, values: Tensor, x: Tensor) -> Tensor:
         """One value per group (G,) shaped so that it broadcasts over ``x``."""

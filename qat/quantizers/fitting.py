@@ -86,10 +86,16 @@ def alternate(x: Tensor, step: Tensor, offset: Tensor, spec: UniformSpec) -> Fit
     return step, offset
 
 
+def from_range(low: Tensor, high: Tensor, spec: UniformSpec) -> Fit:
+    """The smallest step (G,), and the offset, whose grid spans low..high."""
+    step = (high - low) / (spec.qmax - spec.qmin) if spec.offset else _full_step(low, high, spec)
+    return step, _offset_from(low, step, spec)
+
+
 def best_range(x: Tensor, spec: UniformSpec) -> Fit:
     """The clipped range, among `CANDIDATES` of them, with the least squared error."""
     low, high = x.amin(1), x.amax(1)
-    full = (high - low) / (spec.qmax - spec.qmin) if spec.offset else _full_step(low, high, spec)
+    full, _ = from_range(low, high, spec)
     best, best_error = full, torch.full_like(full, torch.inf)
     for shrink in torch.linspace(1, 1 / CANDIDATES, CANDIDATES).tolist():
         step = full * shrink

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qat.errors import QatError, first_line
 
-Values = Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor]
-Gradients = Callable[[Tensor, Tensor, Tensor | None, Tensor, int, int], tuple[Tensor, Tensor, Tensor | None]]
+Bound = Any  # int, or a tensor that broadcasts over x: clamp takes both, its stubs take no union
+Values = Callable[[Tensor, Tensor, Tensor | None, Bound, Bound], Tensor]
+Gradients = Callable[[Tensor, Tensor, Tensor | None, Tensor, Bound, Bound], tuple[Tensor, Tensor, Tensor | None]]
 
 
 def scaled(x: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
@@ -29,14 +30,14 @@ def scaled(x: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
     return torch.div(x, step, out=out) if offset is None else torch.sub(x, offset, out=out).div_(step)
 
 
-def values(x: Tensor, step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
+def values(x: Tensor, step: Tensor, offset: Tensor | None, qmin: Bound, qmax: Bound) -> Tensor:
     """The nearest values on the grid, in the dtype of ``x``."""
     out = scaled(x, step, offset).clamp_(qmin, qmax).round_().mul_(step)
     return (out if offset is None else out.add_(offset)).to(x.dtype)
 
 
 def gradients(
-    x: Tensor, step: Tensor, offset: Tensor | None, grad: Tensor, qmin: int, qmax: int
+    x: Tensor, step: Tensor, offset: Tensor | None, grad: Tensor, qmin: Bound, qmax: Bound
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of ``x``, of ``step`` (without its gain) and of ``offset``, from that of the values."""
     v = scaled(x, step, offset)
@@ -72,11 +73,11 @@ def compiled() -> Kernels:
     fast_values = torch.compile(values, dynamic=True, fullgraph=True)
     fast_gradients = torch.compile(gradients, dynamic=True, fullgraph=True)
 
-    def fused_values(x: Tensor, step: Tensor, offset: Tensor | None, qmin: int, qmax: int) -> Tensor:
+    def fused_values(x: Tensor, step: Tensor, offset: Tensor | None, qmin: Bound, qmax: Bound) -> Tensor:
         return fast_values(*_plain(x, step, offset), qmin, qmax).view(x.shape)
 
     def fused_gradients(
-        x: Tensor, step: Tensor, offset: Tensor | None, grad: Tensor, qmin: int, qmax: int
+        x: Tensor, step: Tensor, offset: Tensor | None, grad: Tensor, qmin: Bound, qmax: Bound
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if x.is_contiguous():
             grad = grad.contiguous()

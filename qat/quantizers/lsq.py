@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from qat.errors import QatError
 from qat.quantizers import fitting, kernels
 from qat.quantizers.base import Quantizer
-from qat.quantizers.kernels import Kernels
+from qat.quantizers.kernels import Bound, Kernels
 from qat.recipe import Layout, Spec
 
 GradScale = Literal["l1", "numel", "vvtq_act", "none"]
@@ -69,6 +69,7 @@ class LSQQuantizer(Quantizer):
     """The module of `LSQ`: parameters ``step`` (G,) and, when the spec asks for it, ``offset`` (G,)."""
 
     spec: LSQ
+    ranged = True
 
     def __init__(self, spec: LSQ, layout: Layout) -> None:
         super().__init__(spec, layout)
@@ -133,6 +134,14 @@ class LSQQuantizer(Quantizer):
             self.offset.copy_(offset)
 
     @torch.no_grad()
+    def set_range_(self, low: Tensor, high: Tensor) -> None:
+        """The smallest step, and the offset if there is one, whose values span low..high (G,) as far as the sign allows."""
+        step, offset = fitting.from_range(low, high, self.spec)
+        self.step.copy_(step.clamp(min=MIN_STEP))
+        if self.offset is not None:
+            self.offset.copy_(offset)
+
+    @torch.no_grad()
     def project_(self) -> None:
         """Keep the step positive."""
         self.step.clamp_(min=MIN_STEP)
@@ -143,7 +152,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, gain: float | Tensor, bounds: tuple[int, int],
+        ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, gain: float | Tensor, bounds: tuple[Bound, Bound],
         kernels: Kernels,
     ) -> Tensor:  # fmt: skip
         """Values on the grid, in the dtype of ``x``."""

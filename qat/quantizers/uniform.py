@@ -1,0 +1,159 @@
+"""Uniform quantization with an integer zero point (Jacob et al. 2018, arXiv 1712.05877), for codes that integers multiply.
+
+    v = round(x / step),   code = clip(v + zero, qmin, qmax),   value = (code - zero) * step
+
+Rounding is half to even, and comes before the zero point is added. The step learns like that of `LSQ`; the zero point
+is chosen by calibration and stays. Shapes: G groups that share a step, n values in a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qat.errors import QatError
+from qat.quantizers import kernels
+from qat.quantizers.base import Quantizer
+from qat.quantizers.lsq import MIN_STEP, FakeQuantize
+from qat.recipe import Layout, Spec
+
+Zero = Literal["integer", "code", "clipped", "fractional", "none"]
+
+
+@dataclass(frozen=True)
+class Uniform(Spec):
+    """Codes between two ends of a range.
+
+    Args:
+        zero: what the zero point may be. ``integer``: any integer, so a range need not contain zero. ``code``: one of
+            the codes; the range is widened until it contains zero. ``clipped``: one of the codes, but the range stays
+            (released FQ-ViT: a range without zero loses its far end). ``fractional``: any number, as released RepQ-ViT
+            has it after reparameterization; both ends of the range then lie off the grid and add a level. ``none``:
+            zero, for symmetric weights.
+    """
+
+    signed: bool = False
+    zero: Zero = "integer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("zero", Zero)
+        if self.zero == "fractional" and self.signed:
+            raise QatError("zero: fractional is defined for unsigned codes: leave signed out")
+
+    @property
+    def steps(self) -> int:
+        """Steps between the two ends."""
+        return int(2**self.width) - 1
+
+    @property
+    def levels(self) -> int:
+        """``2**bits``, and one more where the ends lie off the grid."""
+        return self.steps + (2 if self.zero == "fractional" else 1)
+
+    def build(self, layout: Layout) -> UniformQuantizer:
+        """The module."""
+        return (FractionalQuantizer if self.zero == "fractional" else UniformQuantizer)(self, layout)
+
+    def from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero point (G,) for values in low..high (G,); an empty range is widened to contain zero."""
+        if self.zero == "none":
+            reach = torch.maximum(low.abs(), high.abs()) * 2 if self.signed else high
+            return (reach / self.steps).clamp(min=MIN_STEP), torch.zeros_like(low)
+        widened = (high - low <= MIN_STEP) | (self.zero == "code")
+        low, high = torch.where(widened, low.clamp(max=0), low), torch.where(widened, high.clamp(min=0), high)
+        step = ((high - low) / self.steps).clamp(min=MIN_STEP)
+        zero = self.qmin - low / step
+        if self.zero != "fractional":
+            zero = zero.round()
+        return step, zero.clamp(self.qmin, self.qmin + self.steps) if self.zero in ("code", "clipped") else zero
+
+
+class UniformQuantizer(Quantizer):
+    """The module of `Uniform`: parameter ``step`` (G,) and buffer ``zero_point`` (G,)."""
+
+    spec: Uniform
+    zero_point: Tensor
+    ranged = True
+
+    def __init__(self, spec: Uniform, layout: Layout) -> None:
+        super().__init__(spec, layout)
+        self.register_buffer("zero_point", torch.full((layout.groups,), torch.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantise ``x`` in float32 or better and return its own dtype."""
+        if not self.enabled:
+            return x
+        learns = torch.is_grad_enabled() and self.step.requires_grad
+        gain = self.gain(x) if learns else 1.0
+        out: Tensor = FakeQuantize.apply(x, self.view(self.step, x), None, gain, self.bounds(x), kernels.EAGER)
+        return out
+
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends of code - zero, shaped to broadcast over ``x``."""
+        zero = self.view(self.zero_point, x)
+        return self.spec.qmin - zero, self.spec.qmin + self.spec.steps - zero
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Integer codes of ``x``, same shape, the smallest integer type."""
+        v = kernels.scaled(x.detach(), self.view(self.step.detach(), x), None).clamp_(*self.bounds(x)).round_()
+        return (v + self.view(self.zero_point, x)).to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values, float32, of codes in the shape of the tensor they came from."""
+        return (codes.to(self.step.dtype) - self.view(self.zero_point, codes)) * self.view(self.step, codes)
+
+    def gain(self, x: Tensor) -> float:
+        """Gain of the step's gradient: 1/sqrt(values per step * codes above zero), as for `LSQ`."""
+        values = x.numel() // self.layout.groups
+        if not values:
+            return 1.0
+        top = self.spec.qmax if self.spec.signed else self.spec.steps
+        return 1 / sqrt((values // x.shape[0] if self.layout.batched else values) * top)
+
+    @torch.no_grad()
+    def init_from(self, samples: Tensor) -> None:
+        """The full range of the samples (G, n)."""
+        self.set_range_(samples.amin(1), samples.amax(1))
+
+    @torch.no_grad()
+    def set_range_(self, low: Tensor, high: Tensor) -> None:
+        """Step and zero point of the range low..high (G,)."""
+        step, zero = self.spec.from_range(low, high)
+        self.step.copy_(step)
+        self.zero_point.copy_(zero)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Keep the step positive."""
+        self.step.clamp_(min=MIN_STEP)
+
+
+class FractionalQuantizer(UniformQuantizer):
+    """The grid of a zero point that is no integer: code 0 and the last code stand for the two ends, off the grid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `UniformQuantizer.forward`, rounded before it is clipped."""
+        if not self.enabled:
+            return x
+        v = x.to(torch.promote_types(x.dtype, torch.float32)) / self.view(self.step, x)
+        v = v + (v.round() - v).detach() if torch.is_grad_enabled() else v.round_()
+        return (v.clamp(*self.bounds(x)) * self.view(self.step, x)).to(x.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Integer codes: 1 is the first value of the grid above the lower end."""
+        v = kernels.scaled(x.detach(), self.view(self.step.detach(), x), None).round_()
+        return (v - self._first(x) + 1).clamp_(0, self.spec.qmax).to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values, float32."""
+        v = codes.to(self.step.dtype) - 1 + self._first(codes)
+        return v.clamp(*self.bounds(codes)) * self.view(self.step, codes)
+
+    def _first(self, x: Tensor) -> Tensor:
+        """The smallest integer above the lower end; an end on the grid is code 0."""
+        return self.view((-self.zero_point).floor() + 1, x)
