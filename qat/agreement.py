@@ -13,7 +13,7 @@ from qat.recipe import Rule, read_rules
 TRAINER_KEYS = ("accumulate_grad_batches", "callbacks", "check_val_every_n_epoch", "devices", "gradient_clip_val",
                 "limit_train_batches", "max_epochs", "max_steps", "num_nodes", "precision", "strategy",
                 "val_check_interval")  # fmt: skip
-MACHINE_KEYS = ("root", "images", "workers", "val_batch_size", "checkpoint", "teacher_checkpoint")
+MACHINE_KEYS = ("root", "images", "workers", "val_batch_size", "checkpoint", "quant_checkpoint", "teacher_checkpoint")
 CARD_KEYS = ("arch", "model_args", "num_classes", "classes", "preprocessing", "recipe", "rules", "w_bits", "a_bits",
              "fresh_head")  # fmt: skip
 RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")

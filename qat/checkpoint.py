@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import QatError, first_line
 from qat.insert import quantize
@@ -80,12 +80,12 @@ def check_restored(content: Mapping[str, Any], card: Card, fits: bool, averages:
             raise QatError(f"the checkpoint is of another model: its {field} differs from the one built here")
 
 
-def read(path: str | Path) -> tuple[Card, dict[str, Any]]:
+def read(path: str | Path, option: str = "--ckpt") -> tuple[Card, dict[str, Any]]:
     """The card and the whole content of a checkpoint; QatError if the file is missing or not one of ours."""
     path = Path(path)
     if not path.is_file():
         raise QatError(
-            f"no checkpoint {path}: --ckpt takes a file that `qat fit` wrote, such as runs/NAME/DATE/last.ckpt"
+            f"no checkpoint {path}: {option} takes a file that qat wrote, such as runs/NAME/DATE/last.ckpt or ptq.ckpt"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -93,10 +93,27 @@ def read(path: str | Path) -> tuple[Card, dict[str, Any]]:
         raise QatError(f"cannot read the checkpoint {path}: {first_line(error)}") from None
     if not isinstance(content, dict) or KEY not in content:
         raise QatError(
-            f"{path} does not describe a quantised model, so it was not written by `qat fit`; "
+            f"{path} does not describe a quantised model, so it was not written by qat; "
             "float weights are given as --model.checkpoint FILE"
         )
     return Card.from_dict(content[KEY], str(path)), content
+
+
+def load_into(model: nn.Module, card: Card, path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint into ``model``, which ``card`` describes, and return what it says of its calibration.
+
+    Raises:
+        QatError: no such file, or its model or recipe differs.
+    """
+    option = "model.quant_checkpoint"
+    theirs, content = read(path, f"--{option}")
+    for field in ("arch", "model_args", "num_classes", "rules"):
+        if getattr(theirs, field) != getattr(card, field):
+            ways = "calibrate with this config" if field == "rules" else "give the options that it was made with"
+            raise QatError(f"{option}: {path} is of another model, its {field} differs from this one's: {ways}")
+    model.load_state_dict(_weights(content), strict=True)
+    calibration: dict[str, Any] = content[KEY].get("calibration", {})
+    return calibration
 
 
 def find_card(path: str | Path) -> Card | None:
@@ -114,6 +131,9 @@ def load(path: str | Path) -> nn.Module:
     """The quantised model of a checkpoint, in evaluation mode, on the CPU, from this one file alone."""
     card, content = read(path)
     model = card.build()
-    weights = {name.removeprefix(PREFIX): value for name, value in content["state_dict"].items()}
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict(_weights(content), strict=True)
     return model.eval()
+
+
+def _weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name.removeprefix(PREFIX): value for name, value in content["state_dict"].items()}

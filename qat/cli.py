@@ -106,7 +106,7 @@ class QatCLI(LightningCLI):
             check_agreement(card, self.ckpt, self.given[str(self.subcommand)])
             stored = {"arch": card.arch, "model_args": card.model_args, "num_classes": card.num_classes}
             stored |= {"recipe": "float", "rules": card.rules, "w_bits": None, "a_bits": None}
-            stored |= {"checkpoint": None, "fresh_head": False, "classes": card.classes}
+            stored |= {"checkpoint": None, "quant_checkpoint": None, "fresh_head": False, "classes": card.classes}
             for key, value in stored.items():
                 model[key] = value
             data.preprocessing = model.preprocessing = card.preprocessing
@@ -118,9 +118,11 @@ class QatCLI(LightningCLI):
         data.preprocessing = model.preprocessing = preprocessing.to_dict()
         for part in (data, model):
             part.seed = config.seed_everything if part.seed is None else part.seed
-        calibrated_only = bool(table) and self.ckpt is None
+        if model.quant_checkpoint is not None:
+            checkpoint.read(model.quant_checkpoint, "--model.quant_checkpoint")
+        self.calibrates = bool(table) and self.ckpt is None and model.quant_checkpoint is None
         if self.subcommand != "describe":
-            check_data(str(self.subcommand), model, data, self.ckpt, calibrated_only)
+            check_data(str(self.subcommand), model, data, self.ckpt, self.calibrates)
         if self.subcommand != "fit":
             model.teacher = None
         if self.subcommand == "describe":
@@ -131,22 +133,25 @@ class QatCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         bar = sys.stdout.isatty() and config.enable_progress_bar is not False
         callbacks = [*(config.callbacks or []), RichProgressBar() if bar else ConsoleLog()]
+        if self.subcommand == "fit" or (self.calibrates and self.subcommand != "describe"):
+            kwargs["default_root_dir"] = run = self._run_folder()
+            kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpoints()]
         if self.subcommand == "fit":
-            run = self._run_folder()
             callbacks += self._recorders(run, callbacks)
             self.save_config_kwargs = {"config_filename": config_name(run)}
             kwargs["max_epochs"] = len(self.datamodule.passes) if config.max_epochs is None else config.max_epochs
-            kwargs["default_root_dir"] = run
-            kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpoints()]
             if config.logger in (None, True):
                 kwargs["logger"] = MetricsFile(run)
         else:
             self.save_config_callback = None
             kwargs |= {"logger": False, "enable_checkpointing": False}
+            callbacks += [RecordSites(self._folder)] if self._folder else []
         kwargs["enable_progress_bar"] = bar
         trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        if self.ckpt is not None or self.subcommand == "describe":
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Calibrate)]
+        for callback in [c for c in trainer.callbacks if isinstance(c, Calibrate)]:
+            callback.folder = self._folder
+            if not self.calibrates:
+                trainer.callbacks.remove(callback)
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +33,7 @@ class SiteRow:
     granularity: str
     groups: int
     calibrated: bool | None
+    snr_db: float | None = None
 
 
 class Cost(NamedTuple):
@@ -59,9 +60,10 @@ class HasProducts(Protocol):
         """The products for one image, from the shape of an input with a batch axis."""
 
 
-def describe(model: nn.Module) -> list[SiteRow]:
-    """Every site of a model, quantised or not, in the order of the module tree."""
-    return [_row(name, module) for name, module in sites(model)]
+def describe(model: nn.Module, snr_db: Mapping[str, float] | None = None) -> list[SiteRow]:
+    """Every site of a model, quantised or not, in the order of the module tree; with its error, where it is known."""
+    errors = snr_db or {}
+    return [replace(_row(name, module), snr_db=errors.get(name)) for name, module in sites(model)]
 
 
 def _row(name: str, module: nn.Module) -> SiteRow:
@@ -81,16 +83,21 @@ def _row(name: str, module: nn.Module) -> SiteRow:
 
 
 def summary(model: nn.Module) -> str:
-    """One line: how many weight and activation sites have which width."""
-    counts: dict[str, Counter[int]] = {"weights": Counter(), "activations": Counter()}
+    """One line: how many weight and activation sites have which width, and which have more levels than it allows."""
+    counts: dict[str, Counter[tuple[int, int]]] = {"weights": Counter(), "activations": Counter()}
     for _, module in quantizers(model):
-        counts["activations" if module.layout.batched else "weights"][module.spec.width] += 1
+        key = (module.spec.width, max(0, module.spec.levels - 2**module.spec.width))
+        counts["activations" if module.layout.batched else "weights"][key] += 1
     parts = [
-        f"{kind} {' + '.join(f'{n} at {bits} bit' for bits, n in sorted(widths.items()))}"
+        f"{kind} {' + '.join(f'{n} at {_width(*width)}' for width, n in sorted(widths.items()))}"
         for kind, widths in counts.items()
         if widths
     ]
     return ", ".join(parts) or "float"
+
+
+def _width(bits: int, extra: int) -> str:
+    return f"{bits} bit" if not extra else f"{bits} bit with {2**bits + extra} levels (more than {bits} bits hold)"
 
 
 @torch.no_grad()
@@ -104,6 +111,9 @@ def cost(model: nn.Module, size: int) -> Cost:
             float_bits_done += macs * FLOAT_BITS**2
     widths = {f"{name.removesuffix('_quant')}": q.spec.width for name, q in quantizers(model) if not q.layout.batched}
     stored = sum(p.numel() * widths.get(name, FLOAT_BITS) for name, p in model.named_parameters())
+    stored += FLOAT_BITS * sum(b.numel() for _, q in quantizers(model) for b in q.buffers())  # zero points
+    born = [m.bias for m in modules.values() if getattr(m, "born_bias", False)]  # by calibration, where it used them
+    stored += FLOAT_BITS * sum(bias.numel() for bias in born if not bias.is_meta and bias.any())
     steps = sum(p.numel() for _, q in quantizers(model) for p in q.parameters())
     parameters = sum(p.numel() for p in model.parameters()) - steps
     return Cost(stored / 8e6, parameters * FLOAT_BITS / 8e6, bits_done, float_bits_done)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from qat.errors import QatError
-from qat.quantizers import FloatSite, Quantizer
+from qat.family import FAMILIES, family_of
+from qat.quantizers import FloatSite, IntegerNormQuantizer, Quantizer
 from qat.recipe import MAX_BITS, Layout, Recipe, resolve
 
 Cuts = Mapping[str, tuple[int, int]]  # granularity -> (axis, groups)
@@ -25,7 +26,6 @@ Cuts = Mapping[str, tuple[int, int]]  # granularity -> (axis, groups)
 
 Q = TypeVar("Q", bound=nn.Module)
 SWAPS: dict[type[nn.Module], Callable[[Any, SiteBuilder], nn.Module]] = {}
-FAMILIES: dict[type[nn.Module], Callable[[Any], None]] = {}
 
 
 def swaps(float_class: type[nn.Module]) -> Callable[[type[Q]], type[Q]]:
@@ -37,19 +37,6 @@ def swaps(float_class: type[nn.Module]) -> Callable[[type[Q]], type[Q]]:
     def register(quantized: type[Q]) -> type[Q]:
         SWAPS[float_class] = quantized
         return quantized
-
-    return register
-
-
-def family(*roots: type[nn.Module]) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Decorator of a family's check: called with a model of one of the classes ``roots`` before anything is replaced.
-
-    The check raises QatError, by name, for an option of the model that the family does not reproduce.
-    """
-
-    def register(check: Callable[[Any], None]) -> Callable[[Any], None]:
-        FAMILIES.update(dict.fromkeys(roots, check))
-        return check
 
     return register
 
@@ -113,14 +100,36 @@ def quantize(model: nn.Module, rules: Recipe) -> nn.Module:
         QatError: a model family or an option that is not reproduced, a rule that matches no site or asks for a
             granularity that its site does not have.
     """
+    kind = family_of(model)
     if type(model) not in FAMILIES:
-        known = ", ".join(sorted(root.__name__ for root in FAMILIES))
-        raise QatError(f"{type(model).__name__} is not a model family that qat can quantise: it knows {known}")
-    FAMILIES[type(model)](model)
+        raise QatError(f"{type(model).__name__} is quantised already: build the float model again")
+    kind.check(model)
     builder = SiteBuilder(rules)
     swap_children(model, builder)
+    kind.prepare(model, builder)
     builder.raise_for_unused_rules()
+    connect_norms(model)
     return model
+
+
+def connect_norms(model: nn.Module) -> None:
+    """Give every LayerNorm that computes with integers the quantizer whose codes it reads.
+
+    Raises:
+        QatError: the tensor that it normalises is not quantised, or not with one step times powers of two.
+    """
+    modules = dict(model.named_modules())
+    integer = {n.removesuffix(".output_quant") for n, q in quantizers(model) if isinstance(q, IntegerNormQuantizer)}
+    links = {link.norm: link.source for link in family_of(model).norm_links(model)} if integer else {}
+    for name in sorted(integer):
+        site = links.get(name)
+        source = modules[site] if site else None
+        if not isinstance(source, Quantizer) or source.step.numel() > 1:
+            raise QatError(
+                f"site '{name}.output_quant': IntegerNorm needs the tensor that it normalises "
+                f"{f'({site}) ' if site else ''}quantised with one step: add a rule, such as PTF, or use Uniform here"
+            )
+        modules[name].source = (source,)  # in a tuple: no submodule of the norm
 
 
 def swap_children(module: nn.Module, site: SiteBuilder) -> None:

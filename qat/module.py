@@ -6,6 +6,7 @@ Shapes: B crops in a step, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat.checkpoint import KEY, Card, check_restored
+from qat.checkpoint import KEY, Card, check_restored, load_into
 from qat.data.crops import rng_for
 from qat.data.images import Batch
 from qat.errors import QatError
@@ -52,6 +53,8 @@ class QATModule(L.LightningModule):
         num_classes: outputs of the head; follows the data when null.
         model_args: further arguments of the timm constructor, for example {img_size: 384}.
         fresh_head: start from a random head instead of the one in the checkpoint.
+        quant_checkpoint: checkpoint of a quantised model with the same recipe, such as the ptq.ckpt of a calibration:
+            training starts from its weights and steps, in place of ``checkpoint`` and of a calibration.
         drop_path: stochastic depth rate of the last block, rising from 0 in the first.
         recipe: float, lsq, vvtq, or the path of a YAML file of rules.
         rules: rules appended to the recipe; the last rule that matches a site wins.
@@ -84,6 +87,7 @@ class QATModule(L.LightningModule):
         num_classes: int | None = None,
         model_args: dict[str, Any] | None = None,
         fresh_head: bool = False,
+        quant_checkpoint: Path | None = None,
         drop_path: float = 0.0,
         recipe: str = "float",
         rules: list[dict[str, Any]] | None = None,
@@ -117,8 +121,13 @@ class QATModule(L.LightningModule):
         self.weight_decay, self.betas, self.eps, self.seed = weight_decay, betas, eps, seed or 0
         self.total = 0  # optimiser steps of the run
         self.options: dict[str, Any] = {}  # of the whole run, kept in the checkpoint; the command line fills it
+        self.calibration: dict[str, Any] = {}  # what the callback of that name did
         model = build_float(
-            arch, checkpoint, num_classes, {**(model_args or {}), "drop_path_rate": drop_path}, fresh_head
+            arch,
+            None if quant_checkpoint else checkpoint,
+            num_classes,
+            {**(model_args or {}), "drop_path_rate": drop_path},
+            fresh_head,
         )
         self.model = quantize(model, table) if table else model
         if compile and not table:
@@ -131,6 +140,8 @@ class QATModule(L.LightningModule):
         outputs = int(model.num_classes)  # type: ignore[arg-type]
         rules_out = [rule.to_dict() for rule in table]
         self.card = Card(arch, model_args or {}, outputs, rules_out, self.preprocessing.to_dict(), classes or [])
+        if quant_checkpoint is not None:
+            self.calibration = load_into(self.model, self.card, quant_checkpoint)
         # not a submodule: a teacher has no place in the checkpoint or the optimiser
         self.teacher = (build_teacher(teacher, teacher_checkpoint, outputs, classes),) if teacher else ()
         self.top1 = MulticlassAccuracy(outputs, average="micro")
@@ -250,10 +261,11 @@ class QATModule(L.LightningModule):
         for name, value in self.model.state_dict().items():
             if not torch.isfinite(value).all():
                 raise QatError(f"{name} is not finite at step {self.global_step}; the last good checkpoint is kept")
-        checkpoint[KEY] = self.card.to_dict() | {"options": self.options}
+        checkpoint[KEY] = self.card.to_dict() | {"options": self.options, "calibration": self.calibration}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """QatError when the checkpoint describes another model, or a run that cannot go on as it is now."""
         trainer: L.Trainer = self.trainer
         averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         check_restored(checkpoint, self.card, fits=trainer.state.fn == TrainerFn.FITTING, averages=averages)
+        self.calibration = checkpoint[KEY].get("calibration", {})

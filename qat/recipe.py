@@ -5,6 +5,8 @@ A rule is written the same way in YAML, on the command line, in Python and in a 
     {match: "blocks.*.weight_quant", spec: {class_path: LSQ, init_args: {bits: w_bits, granularity: channel}}}
     {match: "head*", spec: null}                                                  # stays in floating point
 
+In the file of a recipe, ``{recipe: repq_vit}`` stands for all rules of another one.
+
 ``bits`` is an integer or the word ``w_bits`` or ``a_bits``, filled from the options of that name.
 Nothing here needs torch: a recipe can be read, resolved and compared without building a model.
 """
@@ -174,8 +176,24 @@ def build_recipe(
     return [_fill(rule, given) for rule in table]
 
 
-def read_rules(recipe: str) -> list[Any]:
-    """The rules, as plain data, of a recipe that comes with the package or of a YAML file."""
+def read_rules(recipe: str, inside: tuple[str, ...] = ()) -> list[Any]:
+    """The rules, as plain data, of a recipe that comes with the package or of a YAML file.
+
+    An entry ``{recipe: NAME}`` stands for the rules of another one; ``inside`` are those that led here.
+    """
+    if recipe in inside:
+        raise QatError(f"recipe {recipe!r} contains itself: {' -> '.join((*inside, recipe))}")
+    rules: list[Any] = []
+    for entry in _read_table(recipe):
+        if isinstance(entry, Mapping) and "recipe" in entry:
+            _check_keys(entry, ("recipe",), (), f"recipe {recipe!r}, entry {dict(entry)}")
+            rules += read_rules(str(entry["recipe"]), (*inside, recipe))
+        else:
+            rules.append(entry)
+    return rules
+
+
+def _read_table(recipe: str) -> list[Any]:
     named = {Path(entry.name).stem: entry for entry in resources.files("qat.recipes").iterdir()}
     named = {name: entry for name, entry in named.items() if entry.name.endswith(".yaml")}
     if recipe in named:
@@ -189,7 +207,9 @@ def read_rules(recipe: str) -> list[Any]:
     except yaml.YAMLError as error:
         raise QatError(f"recipe {recipe!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(table, list):
-        raise QatError(f"recipe {recipe!r} must be a YAML list of rules, each {{match: GLOB, spec: ...}}")
+        raise QatError(
+            f"recipe {recipe!r} must be a YAML list of rules, each {{match: GLOB, spec: ...}}, or {{recipe: NAME}}"
+        )
     return table
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from qat.errors import QatError
 
 LAST = "last.ckpt"
+CALIBRATED = "ptq.ckpt"
 
 
 def first_process() -> bool:

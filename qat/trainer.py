@@ -6,19 +6,21 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from rich.console import Console
 
-from qat.callbacks import WritePredictions
+from qat.callbacks import Calibrate, WritePredictions
 from qat.describe import Cost, as_table, cost, describe, summary
 from qat.errors import QatError
 from qat.module import QATModule
 
 log = logging.getLogger(__name__)
+RESULTS = "results.json"  # of a run that calibrates
+WORST = 5  # sites that are printed after a validation
 
 
 class Trainer(L.Trainer):
@@ -33,10 +35,12 @@ class Trainer(L.Trainer):
             model: what to evaluate.
             datamodule: where the images come from.
             ckpt_path: checkpoint to restore first.
-            results_file: JSON file to write: top1 and top5 in percent, loss, images, seconds, model, recipe.
+            results_file: JSON file to write: top1 and top5 in percent, loss, images, seconds, model, recipe, size_mb,
+                and calibration, where there was one. A run that calibrates writes it to its folder in any case.
         """
         check_folder("--results_file", results_file)
         started = time.perf_counter()
+        size = cost(model.model, model.preprocessing.size)
         (metrics,) = super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
         results = {
             "top1": metrics["val/top1"],
@@ -46,12 +50,18 @@ class Trainer(L.Trainer):
             "seconds": round(time.perf_counter() - started, 2),
             "model": model.card.arch,
             "recipe": summary(model.model),
+            "size_mb": round(size.size_mb, 3),
+            "float_size_mb": round(size.float_size_mb, 3),
+            "calibration": model.calibration,
         }
         if self.is_global_zero:
-            line = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images in {seconds:.1f} s"
-            Console().print(line.format(**results), highlight=False, soft_wrap=True)
-            if results_file is not None:
-                results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            for line in _report(results):
+                Console().print(line, highlight=False, soft_wrap=True)
+            calibrators = [c for c in self.callbacks if isinstance(c, Calibrate)]  # type: ignore[attr-defined]
+            folders = [callback.folder / RESULTS for callback in calibrators if callback.folder is not None]
+            for file in [*folders, results_file]:
+                if file is not None:
+                    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         return results
 
     def predict(  # type: ignore[override]
@@ -91,6 +101,20 @@ class Trainer(L.Trainer):
             soft_wrap=True,
         )
         return total
+
+
+def _report(results: Mapping[str, Any]) -> Iterator[str]:
+    """What a validation has found, a line for each thing."""
+    line = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images in {seconds:.1f} s"
+    yield line.format(**results)
+    if results["recipe"] == "float":
+        return
+    line = "{recipe}; {size_mb:.2f} MB with weights packed at their width (float32: {float_size_mb:.2f} MB)"
+    yield line.format(**results)
+    errors = results["calibration"].get("snr_db", {})
+    worst = sorted(errors, key=errors.__getitem__)[:WORST]
+    if worst:
+        yield "most error (signal to noise): " + ", ".join(f"{site} {errors[site]:.1f} dB" for site in worst)
 
 
 def check_folder(option: str, path: Path | None) -> None:

@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = [
     {"errors", "preprocessing", "progress", "recipe", "losses", "schedules", "finite"},
     {"quantizers"},
-    {"insert", "describe"},
+    {"insert", "describe", "family"},
     {"models"},
     {"ptq", "regularizers", "oscillation", "checkpoint", "teacher", "official"},
     {"module", "data", "callbacks", "agreement", "length", "metrics", "runs"},
@@ -26,6 +26,7 @@ FRONT = "__init__"  # of the package: names for notebooks, loaded when first use
 LEVEL = {FRONT: len(LEVELS)} | {unit: level for level, units in enumerate(LEVELS) for unit in units}
 SIDEWAYS = {
     ("describe", "insert"),
+    ("insert", "family"),
     ("teacher", "checkpoint"),
     ("official", "checkpoint"),
     ("module", "data"),
@@ -38,9 +39,9 @@ SIDEWAYS = {
     ("labeling", "labelplan"),
 }
 HELPERS = {  # what the other files of a folder may import
-    "quantizers": {"base", "fitting", "kernels", "lsq", "uniform"},
+    "quantizers": {"base", "fitting", "integers", "kernels", "lsq", "uniform"},
     "models": {"attention", "build", "layers", "sret_float"},
-    "ptq": {"base"},
+    "ptq": {"base", "capture", "in_order", "norms", "observers", "quantiles", "search"},
     "regularizers": {"base"},
     "callbacks": set(),
     "data": {"check", "crops", "decode", "folder", "images", "labelreader", "labelwriter", "order", "softlabels"},

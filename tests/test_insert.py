@@ -27,12 +27,16 @@ def vvtq(*rules: dict) -> list[Rule]:
 
 
 def test_deit_has_these_sites_in_this_order():
-    block = ["attn.qkv.input", "attn.qkv.weight", "attn.qkv.output", "attn.q", "attn.k", "attn.v", "attn.scores"]
+    block = ["norm1.output", "attn.qkv.input", "attn.qkv.weight", "attn.qkv.output", "attn.q", "attn.k", "attn.v"]
+    block += ["attn.scores"]
     block += ["attn.probs", "attn.proj.input", "attn.proj.weight", "attn.proj.output"]
+    block += ["norm2.output"]
     block += [f"mlp.{layer}.{part}" for layer in ("fc1", "fc2") for part in ("input", "weight", "output")]
     block += ["attn_residual", "mlp_residual"]
     expected = [f"patch_embed.proj.{part}" for part in ("input", "weight", "output")]
+    expected += ["tokens", "pos_embed", "embed"]
     expected += [f"blocks.{i}.{site}" for i in range(2) for site in block]
+    expected += ["norm.output"]
     expected += [f"head.{part}" for part in ("input", "weight", "output")]
     assert [name for name, _ in sites(quantize(tiny(), []))] == [f"{name}_quant" for name in expected]
 

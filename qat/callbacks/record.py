@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 
 from qat.describe import describe, summary, write_csv
 from qat.module import QATModule
@@ -14,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class RecordSites(L.Callback):
-    """Writes the resolved quantization table, as it is when training starts, to ``folder/quantization.csv``."""
+    """Writes the resolved quantization table to ``folder/quantization.csv``, when training or evaluation starts.
+
+    Where the run has calibrated, the table has the signal-to-noise ratio of every site.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,6 +28,12 @@ class RecordSites(L.Callback):
         assert isinstance(pl_module, QATModule)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_csv(describe(pl_module.model), self.folder / "quantization.csv")
+            rows = describe(pl_module.model, pl_module.calibration.get("snr_db"))
+            write_csv(rows, self.folder / "quantization.csv")
             log.info("%s: %s", pl_module.card.arch, summary(pl_module.model))
             log.info("run folder %s", self.folder)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same, of a run that only evaluates."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_fit_start(trainer, pl_module)

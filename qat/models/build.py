@@ -123,7 +123,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str, fresh_head: bool = False) -> None:
     """Load ``state`` into ``model``; QatError says exactly which names are missing, unexpected or of another shape."""
     own = model.state_dict()
-    state = dict(state)
+    born = [f"{name}.bias" for name, module in model.named_modules() if getattr(module, "born_bias", False)]
+    state = {name: own[name] for name in born} | dict(state)  # of a layer that has none in floating point
     if fresh_head:
         heads = _heads(model)
         state = {name: value for name, value in state.items() if not name.startswith(heads)}

@@ -1,22 +1,26 @@
-"""Quantised linear and convolution layers. Shapes: B batch, O outputs, I inputs."""
+"""Quantised layers. Shapes: B batch, O outputs, I inputs, C channels."""
 
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, cast
 
+import timm.layers
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.describe import Product
 from qat.errors import QatError
 from qat.insert import Cuts, SiteBuilder, swaps
-from qat.quantizers import product
+from qat.quantizers import Quantizer, product
 
 
 @swaps(nn.Linear)
 class QuantLinear(nn.Module):
     """A linear layer with sites on input (..., I), weight (O, I) and output (..., O).
+
+    There is always a bias, because calibration may move a part of the input there; a layer that has none in floating
+    point gets a buffer of zeros, which is not trained.
 
     Args:
         linear: the float layer; its weight and bias are shared.
@@ -29,7 +33,12 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.weight
+        self.born_bias = linear.bias is None
+        if self.born_bias:
+            self.register_buffer("bias", linear.weight.detach().new_zeros(self.out_features))
+        else:
+            self.bias = linear.bias
         self.input_quant = site.activation("input_quant", channel=(-1, self.in_features), **(input_cuts or {}))
         self.weight_quant = site.weight("weight_quant", channel=(0, self.out_features), **(weight_cuts or {}))
         self.output_quant = site.activation("output_quant", channel=(-1, self.out_features))
@@ -40,6 +49,12 @@ class QuantLinear(nn.Module):
         out: Tensor = self.output_quant(x)
         return out
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Weights without the bias that only a quantised layer has, of a float model, leave it as it is."""
+        if self.born_bias:
+            state_dict.setdefault(f"{prefix}bias", self.bias.detach())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
@@ -49,7 +64,7 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+        return f"{self.in_features} -> {self.out_features}"
 
 
 @swaps(nn.Conv2d)
@@ -88,3 +103,34 @@ class QuantConv2d(nn.Module):
     def extra_repr(self) -> str:
         """Weight shape and options, for ``print(model)``."""
         return f"{tuple(self.weight.shape)}, {self.options}"
+
+
+@swaps(nn.LayerNorm)
+@swaps(timm.layers.LayerNorm)
+class QuantLayerNorm(nn.Module):
+    """A LayerNorm over the last axis with a site on its output (..., C).
+
+    Where that site is an `IntegerNorm`, the norm is computed from the integers of what it reads: ``source``, set by
+    `qat.insert.connect_norms`. A source of fewer channels was laid side by side (patch merging of Swin); it has one
+    step, so that does not matter.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, site: SiteBuilder) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        self.output_quant = site.activation("output_quant", channel=(-1, norm.normalized_shape[-1]))
+        self.source: tuple[Quantizer, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
+        out: Tensor = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        if self.source:
+            integers = (x.float() / self.source[0].step).round()
+            return cast(Tensor, self.output_quant(out, integers, self.weight, self.bias))
+        out = self.output_quant(out)
+        return out
+
+    def extra_repr(self) -> str:
+        """Size, for ``print(model)``."""
+        return f"{self.normalized_shape}, eps={self.eps}"

@@ -15,21 +15,26 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.insert import SiteBuilder, family, swap_children, swaps
+from qat.family import Family, family
+from qat.insert import SiteBuilder, swap_children, swaps
 from qat.models.sret_float import NonProjection, RecursiveBlock, SReT
 
 
 @family(SReT)
-def check(model: SReT) -> None:
-    """Refuse, by name, a block or an attention that was put in the place of ours."""
-    stage: Any
-    for s, stage in enumerate(model.stages):
-        for i, block in enumerate(stage.blocks):
-            place = f"stages.{s}.blocks.{i}"
-            if type(block) is not RecursiveBlock:
-                raise QatError(f"{place} is a {type(block).__name__}: only RecursiveBlock is reproduced")
-            if type(block.attn) is not Attention:
-                raise QatError(f"{place}.attn is a {type(block.attn).__name__}: only timm's Attention is reproduced")
+class SReTFamily(Family):
+    """What is said of an SReT as a whole; it is no chain of units, because a block is applied twice."""
+
+    def check(self, model: SReT) -> None:
+        """Refuse, by name, a block or an attention that was put in the place of ours."""
+        stage: Any
+        for s, stage in enumerate(model.stages):
+            for i, block in enumerate(stage.blocks):
+                place = f"stages.{s}.blocks.{i}"
+                if type(block) is not RecursiveBlock:
+                    raise QatError(f"{place} is a {type(block).__name__}: only RecursiveBlock is reproduced")
+                if type(block.attn) is not Attention:
+                    kind = type(block.attn).__name__
+                    raise QatError(f"{place}.attn is a {kind}: only timm's Attention is reproduced")
 
 
 @swaps(RecursiveBlock)

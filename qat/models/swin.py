@@ -18,24 +18,59 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.insert import SiteBuilder, family, swap_children, swaps
+from qat.family import Family, NormLink, Unit, family
+from qat.insert import SiteBuilder, swap_children, swaps
 from qat.models.attention import QuantHeads
+from qat.models.layers import QuantLayerNorm
 
 
 @family(SwinTransformer)
-def check(model: SwinTransformer) -> None:
-    """Refuse, by name, what would compute matrix products that no site reaches, or another mask."""
-    _require(model, "patch_embed", PatchEmbed)
-    stage: Any
-    for i, stage in enumerate(model.layers):
-        _require(model, f"layers.{i}", SwinTransformerStage)
-        _require(model, f"layers.{i}.downsample", PatchMerging, nn.Identity)
-        for j, block in enumerate(stage.blocks):
-            name = f"layers.{i}.blocks.{j}"
-            _require(model, name, SwinTransformerBlock)
-            _require(model, f"{name}.attn", WindowAttention)
-            if block.dynamic_mask:
-                raise QatError(f"{name}: strict_img_size: false is not reproduced: set img_size, and leave it out")
+class Swin(Family):
+    """What is said of a Swin as a whole."""
+
+    def check(self, model: SwinTransformer) -> None:
+        """Refuse, by name, what would compute matrix products that no site reaches, or another mask."""
+        _require(model, "patch_embed", PatchEmbed)
+        stage: Any
+        for i, stage in enumerate(model.layers):
+            _require(model, f"layers.{i}", SwinTransformerStage)
+            _require(model, f"layers.{i}.downsample", PatchMerging, nn.Identity)
+            for j, block in enumerate(stage.blocks):
+                name = f"layers.{i}.blocks.{j}"
+                _require(model, name, SwinTransformerBlock)
+                _require(model, f"{name}.attn", WindowAttention)
+                if block.dynamic_mask:
+                    raise QatError(f"{name}: strict_img_size: false is not reproduced: set img_size, and leave it out")
+
+    def norm_links(self, model: SwinTransformer) -> list[NormLink]:
+        """The norm of the patches, two in every block, one before every merging, and the last."""
+        links = []
+        if isinstance(model.patch_embed.norm, QuantLayerNorm):
+            links.append(NormLink("patch_embed.norm", "patch_embed.proj.output_quant", None))
+        before = "patch_embed.norm.output_quant" if links else "patch_embed.proj.output_quant"
+        stage: Any
+        for i, stage in enumerate(model.layers):
+            if not isinstance(stage.downsample, nn.Identity):
+                norm = f"layers.{i}.downsample"
+                links.append(NormLink(f"{norm}.norm", before, f"{norm}.reduction"))
+                before = f"{norm}.reduction.output_quant"
+            for j in range(len(stage.blocks)):
+                block = f"layers.{i}.blocks.{j}"
+                middle = f"{block}.attn_residual_quant"
+                links.append(NormLink(f"{block}.norm1", before, f"{block}.attn.qkv"))
+                links.append(NormLink(f"{block}.norm2", middle, f"{block}.mlp.fc1"))
+                before = f"{block}.mlp_residual_quant"
+        return [*links, NormLink("norm", before, None)]
+
+    def units(self, model: SwinTransformer) -> list[Unit]:
+        """Patches, every block, every merging, head."""
+        units = [Unit("patch_embed", model.patch_embed)]
+        stage: Any
+        for i, stage in enumerate(model.layers):
+            if not isinstance(stage.downsample, nn.Identity):
+                units.append(Unit(f"layers.{i}.downsample", stage.downsample))
+            units += [Unit(f"layers.{i}.blocks.{j}", block) for j, block in enumerate(stage.blocks)]
+        return [*units, Unit("head", lambda x: model.forward_head(model.norm(x)))]
 
 
 def _require(model: nn.Module, name: str, *kinds: type[nn.Module]) -> None:
@@ -74,14 +109,16 @@ class QuantWindowAttention(QuantHeads):
     def __init__(self, attn: WindowAttention, site: SiteBuilder) -> None:
         super().__init__(attn, site, attn.num_heads, attn.proj.in_features // attn.num_heads, attn.scale)
         self.relative_position_bias_table, self.window_size = attn.relative_position_bias_table, attn.window_size
+        self.relative_position_bias_table_quant = site.weight(
+            "relative_position_bias_table_quant", channel=(-1, attn.num_heads)
+        )
         self.proj_drop = attn.proj_drop
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B * W, N, C) to (B * W, N, C); the mask of shifted windows (W, N, N) is added to the scores."""
-        bias = self.position_bias()
         if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)  # (B * W, H, N, N)
-        x = self.attend(*self.heads(x), bias).transpose(1, 2).flatten(2)  # (B * W, N, H * D)
+            mask = mask.unsqueeze(1).repeat(len(x) // len(mask), 1, 1, 1)  # (B * W, 1, N, N)
+        x = self.attend(*self.heads(x), mask, bias=self.position_bias()).transpose(1, 2).flatten(2)  # (B * W, N, H * D)
         out: Tensor = self.proj_drop(self.proj(x))
         return out
 
@@ -91,7 +128,8 @@ class QuantWindowAttention(QuantHeads):
         Those are a buffer, and a weight average rounds integers down: 0.9999 * 11 + 0.0001 * 11 becomes 10.
         """
         h, w = self.window_size
-        table = self.relative_position_bias_table.unflatten(0, (2 * h - 1, 2 * w - 1))  # (down, right, H)
+        table = self.relative_position_bias_table_quant(self.relative_position_bias_table)
+        table = table.unflatten(0, (2 * h - 1, 2 * w - 1))  # (down, right, H)
         pairs = table.unfold(0, h, 1).unfold(1, w, 1).flip(3, 4).permute(2, 0, 1, 3, 4)  # (H, h, w, h, w)
         bias: Tensor = pairs.reshape(1, self.num_heads, h * w, h * w)
         return bias

@@ -2,30 +2,123 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 from timm.layers import Attention, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.insert import SiteBuilder, family, swap_children, swaps
+from qat.family import Family, NormLink, Unit, family
+from qat.insert import SiteBuilder, swap_children, swaps
 from qat.models.attention import QuantHeads
+from qat.models.layers import QuantLayerNorm
+from qat.quantizers import FloatSite
 
 
 @family(VisionTransformer, VisionTransformerDistilled)
-def check(model: VisionTransformer) -> None:
-    """Refuse, by name, what would compute matrix products that no site reaches."""
-    if type(model.patch_embed) is not PatchEmbed:
-        raise QatError(f"patch_embed is a {type(model.patch_embed).__name__}: only timm's PatchEmbed is reproduced")
-    if model.attn_pool is not None:
-        raise QatError(f"attention pooling ({type(model.attn_pool).__name__}) is not reproduced: use token or avg pool")
-    for i, block in enumerate(model.blocks):
-        if type(block) is not Block:
-            raise QatError(f"blocks.{i} is a {type(block).__name__}: only timm's Block is reproduced")
-        if type(block.attn) is not Attention:
-            raise QatError(f"blocks.{i}.attn is a {type(block.attn).__name__}: only timm's Attention is reproduced")
+class ViT(Family):
+    """What is said of a ViT as a whole."""
+
+    def check(self, model: VisionTransformer) -> None:
+        """Refuse, by name, what would compute matrix products that no site reaches."""
+        if type(model.patch_embed) is not PatchEmbed:
+            raise QatError(f"patch_embed is a {type(model.patch_embed).__name__}: only timm's PatchEmbed is reproduced")
+        if model.attn_pool is not None:
+            kind = type(model.attn_pool).__name__
+            raise QatError(f"attention pooling ({kind}) is not reproduced: use token or avg pool")
+        for i, block in enumerate(model.blocks):
+            if type(block) is not Block:
+                raise QatError(f"blocks.{i} is a {type(block).__name__}: only timm's Block is reproduced")
+            if type(block.attn) is not Attention:
+                kind = type(block.attn).__name__
+                raise QatError(f"blocks.{i}.attn is a {kind}: only timm's Attention is reproduced")
+
+    def prepare(self, model: VisionTransformer, site: SiteBuilder) -> None:
+        """Sites on the tokens, on the position embedding and on their sum."""
+        C = model.embed_dim
+        found = {
+            "tokens_quant": site.activation("tokens_quant", channel=(-1, C)),
+            "pos_embed_quant": site.weight("pos_embed_quant", channel=(-1, C)),
+            "embed_quant": site.activation("embed_quant", channel=(-1, C)),
+        }
+        children = list(model._modules.items())
+        first = 1 + [name for name, _ in children].index("patch_embed")
+        for name, _ in children[first:]:
+            del model._modules[name]
+        for module in found.values():
+            module.train(model.training)
+        model._modules.update({**found, **dict(children[first:])})  # sites are listed in the order of the network
+        model.__class__ = EMBEDDING[type(model)]  # the only way to a sum inside a method of the root
+        quantised = [name for name in ("tokens_quant", "pos_embed_quant") if not isinstance(found[name], FloatSite)]
+        if quantised and (model.pos_embed is None or model.dynamic_img_size):
+            raise QatError(
+                f"site {quantised[0]!r}: the embedding is only reproduced with positions, and for images of one size: "
+                "set the sites tokens_quant and pos_embed_quant to null"
+            )
+
+    def norm_links(self, model: VisionTransformer) -> list[NormLink]:
+        """Two LayerNorms in every block, and the last."""
+        before = "embed_quant" if isinstance(model.norm_pre, nn.Identity) else None
+        links = []
+        for i in range(len(model.blocks)):
+            block = f"blocks.{i}"
+            links.append(NormLink(f"{block}.norm1", before, f"{block}.attn.qkv"))
+            links.append(NormLink(f"{block}.norm2", f"{block}.attn_residual_quant", f"{block}.mlp.fc1"))
+            before = f"{block}.mlp_residual_quant"
+        if isinstance(model.norm, QuantLayerNorm):
+            links.append(NormLink("norm", before, None))
+        return links
+
+    def units(self, model: VisionTransformer) -> list[Unit]:
+        """Embedding, every block, head."""
+
+        def embed(x: Tensor) -> Tensor:
+            return cast(Tensor, model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))))
+
+        blocks = [Unit(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+        return [
+            Unit("embedding", embed),
+            *blocks,
+            Unit("head", lambda x: model.forward_head(model.norm(x))),
+        ]
+
+
+class QuantEmbedding:
+    """Adds to a timm ViT the sites of its embedding: [class, distillation and register tokens; patches] + positions."""
+
+    tokens_quant: nn.Module
+    pos_embed_quant: nn.Module
+    embed_quant: nn.Module
+
+    def _pos_embed(self: Any, x: Tensor) -> Tensor:
+        """Patches (B, N - T, C) and T other tokens to (B, N, C)."""
+        if isinstance(self.tokens_quant, FloatSite) and isinstance(self.pos_embed_quant, FloatSite):
+            return cast(Tensor, self.embed_quant(super()._pos_embed(x)))  # type: ignore[misc]
+        found = [getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+        others = [token.expand(len(x), -1, -1) for token in found if token is not None]
+        positions = self.pos_embed_quant(self.pos_embed)
+        if self.no_embed_class:  # the other tokens have no position
+            x = torch.cat([*others, self.tokens_quant(x) + positions], 1)
+        else:
+            x = self.tokens_quant(torch.cat([*others, x], 1)) + positions
+        return cast(Tensor, self.embed_quant(self.pos_drop(x)))
+
+
+class QuantVisionTransformer(QuantEmbedding, VisionTransformer):
+    """timm's class of the same name, with the sites of its embedding."""
+
+
+class QuantVisionTransformerDistilled(QuantEmbedding, VisionTransformerDistilled):
+    """timm's class of the same name, with the sites of its embedding."""
+
+
+EMBEDDING: dict[type[VisionTransformer], type[VisionTransformer]] = {
+    VisionTransformer: QuantVisionTransformer,
+    VisionTransformerDistilled: QuantVisionTransformerDistilled,
+}
 
 
 @swaps(Block)

@@ -1,16 +1,125 @@
-"""What a calibration method is. Shapes: B images, S pixels."""
+"""What a calibration method is, and what methods share. Shapes: B images, S pixels, G groups, n values in a group."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.insert import WeightSite, quantizers, switched_off
+from qat.progress import Progress
+from qat.quantizers import Quantizer
+
+See = Callable[[str, Tensor], None]  # name of a site, its input as rows (G, n)
 
 
 class PTQMethod(ABC):
     """Fills the parameters of every quantizer of a model; it changes values, never structure."""
 
-    @abstractmethod
+    # False: every rank gets the same values. Annotated as ClassVar, it would end jsonargparse's checks of options
+    single_device = True
+
     def __call__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Calibrate ``model``, in evaluation mode, on normalised images (B, 3, S, S) on the model's device."""
+        """Calibrate ``model`` on normalised images (B, 3, S, S) on its device; switches end as they were."""
+        with undisturbed(model), torch.no_grad():
+            self.calibrate(model, batches)
+
+    @abstractmethod
+    def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """The same, for a model in evaluation mode, without gradients; switches may be left in any position."""
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; then modes, ``requires_grad`` and switches of quantizers are as before."""
+    training = [(module, module.training) for module in model.modules()]
+    learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    enabled = [(quantizer, quantizer.enabled) for _, quantizer in quantizers(model)]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, before in training:
+            module.training = before
+        for parameter, before in learning:
+            parameter.requires_grad_(before)
+        for quantizer, before in enabled:
+            quantizer.enabled = before
+
+
+def uncalibrated(model: nn.Module) -> tuple[list[WeightSite], dict[str, Quantizer]]:
+    """The weights that are to be calibrated, and the activation sites by name; what is calibrated stays as it is."""
+    weights, activations = [], {}
+    for name, quantizer in quantizers(model):
+        if quantizer.calibrated:
+            continue
+        if quantizer.layout.batched:
+            activations[name] = quantizer
+        else:
+            parent, _, site = name.rpartition(".")
+            weight = getattr(model.get_submodule(parent), site.removesuffix("_quant"))
+            weights.append(WeightSite(name, weight, quantizer))
+    return weights, activations
+
+
+def stream(
+    model: nn.Module, batches: Iterable[Tensor], wanted: Mapping[str, Quantizer], see: See, shown: bool = True
+) -> None:
+    """Run the float model and hand over the input of every wanted site, batch after batch.
+
+    Args:
+        model: in evaluation mode; its quantizers are switched off meanwhile.
+        batches: normalised images (B, 3, S, S); none is read when nothing is wanted.
+        wanted: sites by name.
+        see: is called with a name and the values (G, n), float32, which may be a view of the model's tensor.
+        shown: whether progress is reported; only where the number of batches is known.
+
+    Raises:
+        QatError: a site that no image reaches.
+    """
+    if not wanted:
+        return
+    missing = dict.fromkeys(wanted)
+
+    def hand_over(name: str, x: Tensor) -> None:
+        missing.pop(name, None)
+        see(name, wanted[name].grouped(x.float()))
+
+    total = len(batches) if isinstance(batches, Sized) else 0
+    with (
+        switched_off(quantizer for _, quantizer in quantizers(model)),
+        watching(wanted, hand_over),
+        Progress("calibration batches", total, shown and total > 0) as progress,
+    ):
+        for images in batches:
+            model(images)
+            progress.advance(1)
+    for name in missing:
+        raise QatError(f"no calibration image reached {name!r}: raise calibration.images")
+
+
+@contextmanager
+def watching(wanted: Mapping[str, Quantizer], see: See) -> Iterator[None]:
+    """Call ``see`` inside the block with the name of a site and its input, whenever a tensor arrives there."""
+    hooks = [
+        quantizer.register_forward_pre_hook(lambda _module, args, name=name: see(name, args[0]))
+        for name, quantizer in wanted.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def raise_unless_calibrated(name: str, quantizer: Quantizer) -> None:
+    """Raise QatError when calibration has left a parameter that is not finite."""
+    if not quantizer.calibrated:
+        raise QatError(
+            f"calibration of {name!r} ({quantizer.spec}) gave a step that is not finite, so its tensor holds NaN or "
+            "infinity: check the float model's checkpoint and the images"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Quantizer(nn.Module, ABC):
     def refine_(self, samples: Tensor) -> None:
         """Choose, from samples (G, n), what a range leaves open; most quantizers leave nothing."""
 
-    def target(self, x: Tensor) -> Tensor:
+    def target(self, x: Tensor, *others: Any) -> Tensor:
         """What ``forward`` approximates; its error is measured against it."""
         return x
 

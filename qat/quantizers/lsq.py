@@ -135,7 +135,7 @@ class LSQQuantizer(Quantizer):
 
     @torch.no_grad()
     def set_range_(self, low: Tensor, high: Tensor) -> None:
-        """The smallest step, and the offset if there is one, whose values span low..high (G,) as far as the sign allows."""
+        """The smallest step, and the offset if any, whose values span low..high (G,) as far as the sign allows."""
         step, offset = fitting.from_range(low, high, self.spec)
         self.step.copy_(step.clamp(min=MIN_STEP))
         if self.offset is not None:

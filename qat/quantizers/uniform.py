@@ -1,4 +1,4 @@
-"""Uniform quantization with an integer zero point (Jacob et al. 2018, arXiv 1712.05877), for codes that integers multiply.
+"""Uniform quantization with an integer zero point (Jacob et al. 2018, arXiv 1712.05877).
 
     v = round(x / step),   code = clip(v + zero, qmin, qmax),   value = (code - zero) * step
 

@@ -1,0 +1,81 @@
+"""Calibration in the order of the network: every site sees inputs that the sites before it have quantised.
+
+Shapes: G groups that share a step, n values in a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.family import Unit, family_of
+from qat.insert import quantizers
+from qat.progress import Progress
+from qat.ptq.base import watching
+from qat.quantizers import Quantizer
+
+Fit = Callable[[str, Quantizer, Tensor], None]  # name, quantizer, samples (G, n)
+
+
+class Reached(Exception):
+    """The forward has come to the site whose input is wanted."""
+
+
+def fit_in_order(model: nn.Module, batches: Iterable[Tensor], fit: Fit, wanted: Iterable[str]) -> None:
+    """Fit activation sites one after the other and switch each on as soon as it is fitted.
+
+    The model is walked unit by unit; only the inputs of one unit, and the tensor of one site, are kept for all batches,
+    so a unit is run again, up to the site, for each of its sites.
+
+    Args:
+        model: in evaluation mode; the weights that are to be quantised are calibrated.
+        batches: normalised images (B, 3, S, S).
+        fit: called once for every wanted site, with all values of its tensor.
+        wanted: names of activation sites; they are switched off first. Others are left as they are.
+
+    Raises:
+        QatError: a wanted site is in no unit.
+    """
+    waiting = set(wanted)
+    sites = {name: quantizer for name, quantizer in quantizers(model) if name in waiting}
+    for quantizer in sites.values():
+        quantizer.enabled = False
+    tensors = list(batches)
+    with Progress("activation sites", len(sites)) as progress:
+        for unit in family_of(model).units(model):
+            for name in _order(unit, tensors[0], sites):
+                quantizer = sites[name]
+                fit(name, quantizer, _inputs(unit, tensors, name, quantizer))
+                quantizer.enabled = True
+                waiting.discard(name)
+                progress.advance(1)
+            tensors = [unit.run(x) for x in tensors]
+    if waiting:
+        raise QatError(f"no calibration image reached {min(waiting)!r}, or its model does not say in which unit it is")
+
+
+def _order(unit: Unit, x: Tensor, sites: dict[str, Quantizer]) -> list[str]:
+    """The sites that a unit reaches, each once, in the order of its forward; one image tells."""
+    seen: dict[str, None] = {}
+    with watching(sites, lambda name, _: seen.update({name: None})):
+        unit.run(x[:1])
+    return list(seen)
+
+
+def _inputs(unit: Unit, tensors: list[Tensor], name: str, quantizer: Quantizer) -> Tensor:
+    """The input of one site (G, n), over all batches."""
+    rows: list[Tensor] = []
+
+    def stop(_: str, x: Tensor) -> None:
+        rows.append(quantizer.grouped(x.float()))
+        raise Reached
+
+    with watching({name: quantizer}, stop):
+        for x in tensors:
+            with suppress(Reached):
+                unit.run(x)
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]

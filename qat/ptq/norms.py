@@ -1,0 +1,61 @@
+"""Moves scales between a LayerNorm and the layer that reads it, without changing the function of the two.
+
+For y = gamma * x + beta, read by W y + b, and any ratio r > 0 and shift t per channel (RepQ-ViT, equations 5 to 8)::
+
+    y~ = (y + t) / r:   gamma / r,   (beta + t) / r,   W * r (columns),   b - W t
+
+Shapes: C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.family import NormLink
+from qat.insert import quantizers, switched_off
+
+TOLERANCE = 1e-4  # relative; the rewrite is exact but for rounding in float32
+
+
+@torch.no_grad()
+def fold(model: nn.Module, link: NormLink, ratio: Tensor, shift: Tensor) -> None:
+    """Make the output of a norm (y + shift) / ratio, both (C,), and its reader undo it; in float64, in place."""
+    assert link.linear is not None
+    norm: Any = model.get_submodule(link.norm)
+    linear: Any = model.get_submodule(link.linear)
+    gamma, beta, weight, bias = (p.double() for p in (norm.weight, norm.bias, linear.weight, linear.bias))
+    ratio, shift = ratio.double(), shift.double()
+    norm.weight.copy_(gamma / ratio)
+    norm.bias.copy_((beta + shift) / ratio)
+    linear.weight.copy_(weight * ratio)
+    linear.bias.copy_(bias - weight @ shift)
+
+
+@contextmanager
+def same_function(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Check that what is done inside the block leaves the float model as it was.
+
+    Raises:
+        QatError: the logits of ``images`` (B, 3, S, S) have changed by more than `TOLERANCE`, relative to their norm.
+    """
+    before = _float_logits(model, images)
+    yield
+    change = float((_float_logits(model, images) - before).norm() / before.norm())
+    if not change <= TOLERANCE:
+        raise QatError(
+            f"a rewrite of LayerNorms changed the float model: its logits by {change:.1e} of their norm, allowed are "
+            f"{TOLERANCE:.0e}: something else reads a LayerNorm of this model (padded windows do), so choose a method "
+            "that rewrites none"
+        )
+
+
+def _float_logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad(), switched_off(quantizer for _, quantizer in quantizers(model)):
+        logits: Tensor = model(images)
+    return logits

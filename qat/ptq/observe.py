@@ -1,0 +1,55 @@
+"""Calibration by observers, the baselines of FQ-ViT: a range for every site, from one pass of the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import get_args
+
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.progress import Progress
+from qat.ptq.base import PTQMethod, raise_unless_calibrated, stream, uncalibrated
+from qat.ptq.observers import Kind, observer_for
+from qat.ptq.search import fit_
+
+
+@dataclass
+class Observe(PTQMethod):
+    """Weights by their smallest and largest value, whatever the observer; activations by what it sees.
+
+    Args:
+        observer: ``minmax``: the range of all batches. ``ema``: a moving average of the ranges of the batches.
+            ``percentile``: the same of the quantiles 0.00001 and 0.99999. ``omse``: the min-max range, shrunk to the
+            least squared error.
+        samples: values kept per activation site and batch, for a search or a kind of quantizer that needs them.
+        seed: of their draw.
+    """
+
+    observer: Kind = "minmax"
+    samples: int = 100_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.observer not in get_args(Kind):
+            raise QatError(f"observer is {self.observer!r}: choose from {', '.join(get_args(Kind))}")
+        if self.samples < 1:
+            raise QatError(f"samples is {self.samples}: keep at least 1 value of each batch")
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Calibrate every site that is not calibrated yet; QatError for a site that no image reaches."""
+        weights, activations = uncalibrated(model)
+        for name, weight, quantizer in weights:
+            fit_(quantizer, quantizer.grouped(weight.float()))
+            raise_unless_calibrated(name, quantizer)
+        observers = {
+            name: observer_for(quantizer, self.observer, self.samples, self.seed)
+            for name, quantizer in activations.items()
+        }
+        stream(model, batches, activations, lambda name, rows: observers[name].see(rows))
+        with Progress("calibrated sites", len(activations), shown=bool(activations)) as progress:
+            for name, quantizer in activations.items():
+                observers.pop(name).fit_()
+                raise_unless_calibrated(name, quantizer)
+                progress.advance(1)

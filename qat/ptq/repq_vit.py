@@ -1,0 +1,117 @@
+"""RepQ-ViT (Li et al., ICCV 2023, arXiv 2212.08254): percentile ranges, and channel scales folded out of LayerNorms.
+
+The output of a LayerNorm is calibrated channel by channel. Its scales s and zero points z are then replaced by their
+means s~ and z~, and the difference is moved into the norm and the next layer: r = s / s~, t = s * (z - z~), see
+`qat.ptq.norms`. With an integer z~ the codes stay what they were, bit for bit. Shapes: C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.family import NormLink, family_of
+from qat.insert import WeightSite
+from qat.ptq.base import PTQMethod, uncalibrated
+from qat.ptq.in_order import fit_in_order
+from qat.ptq.norms import fold, same_function
+from qat.ptq.search import fit_percentile_
+from qat.quantizers import Quantizer, Uniform, UniformQuantizer
+from qat.recipe import Layout
+
+CHECKED = 8  # images on which the float function is compared before and after
+
+
+@dataclass
+class RepQViT(PTQMethod):
+    """Fills the recipes repq_vit and bitlog2_*; every site gets the percentile range with the least squared error.
+
+    Args:
+        shares: quantiles that are tried as the upper end of a range, and their complements as the lower one.
+    """
+
+    shares: Sequence[float] = (0.999, 0.9999, 0.99999)
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Weights, then activations in the order of the network, then the fold and the folded weights once more."""
+        images = list(batches)
+        links = self._links(model)
+        weights, activations = uncalibrated(model)
+        for site in weights:
+            self._fit_weight(site)
+        with channel_wise(model, links) as channels:
+            fit_in_order(model, images, self._fit, activations)
+        with same_function(model, images[0][:CHECKED]):
+            for link in links:
+                reparameterize(model, link, channels[link.norm])
+        folded = {f"{link.linear}.weight_quant" for link in links}
+        for site in weights:
+            if site.name in folded:
+                self._fit_weight(site)
+
+    def _fit_weight(self, site: WeightSite) -> None:
+        self._fit(site.name, site.quantizer, site.quantizer.grouped(site.weight.float()))
+
+    def _fit(self, name: str, quantizer: Quantizer, samples: Tensor) -> None:
+        fit_percentile_(quantizer, samples, self.shares)
+
+    def _links(self, model: nn.Module) -> list[NormLink]:
+        """The LayerNorms to rewrite; QatError for a recipe without a zero point behind one of them.
+
+        Where the reader is calibrated already, nothing may change any more.
+        """
+        links = []
+        for link in family_of(model).norm_links(model):
+            if link.linear is None:
+                continue
+            site = model.get_submodule(f"{link.linear}.input_quant")
+            if not isinstance(site, UniformQuantizer) or site.layout.groups > 1:
+                have = f"has {site.spec}" if isinstance(site, Quantizer) else "stays in floating point"
+                raise QatError(
+                    f"RepQViT needs Uniform, granularity tensor, at '{link.linear}.input_quant', which {have}: "
+                    "take the recipe repq_vit, or another method"
+                )
+            if not site.calibrated:
+                links.append(link)
+        return links
+
+
+@contextmanager
+def channel_wise(model: nn.Module, links: Iterable[NormLink]) -> Iterator[dict[str, UniformQuantizer]]:
+    """Quantizers per channel, by the name of the norm, in place of those behind the norms, inside the block."""
+    readers = {link.norm: model.get_submodule(cast(str, link.linear)) for link in links}
+    kept = {norm: cast(UniformQuantizer, linear.input_quant) for norm, linear in readers.items()}
+    try:
+        channels = {}
+        for norm, linear in readers.items():
+            channels[norm] = linear.input_quant = _per_channel(kept[norm], cast(int, linear.in_features))
+        yield channels
+    finally:
+        for norm, linear in readers.items():
+            linear.input_quant = kept[norm]
+
+
+def _per_channel(quantizer: UniformQuantizer, channels: int) -> UniformQuantizer:
+    """The same codes with a step for each channel; only the mean of their zero points may be a fraction."""
+    zero = "integer" if quantizer.spec.zero == "fractional" else quantizer.spec.zero
+    spec: Uniform = replace(quantizer.spec, granularity="channel", zero=zero)
+    return spec.build(Layout(-1, channels, batched=True)).to(quantizer.step.device)
+
+
+@torch.no_grad()
+def reparameterize(model: nn.Module, link: NormLink, channels: UniformQuantizer) -> None:
+    """Fold scales and zero points (C,) of the output of a norm into it and its reader; one of each is left."""
+    site = cast(UniformQuantizer, model.get_submodule(f"{link.linear}.input_quant"))
+    step, zero = channels.step.double(), channels.zero_point.double()
+    mean_step, mean_zero = step.mean(), zero.mean()
+    if site.spec.zero != "fractional":
+        mean_zero = mean_zero.round()
+    fold(model, link, ratio=step / mean_step, shift=step * (zero - mean_zero))
+    site.step.fill_(mean_step)
+    site.zero_point.fill_(mean_zero)

@@ -1,0 +1,114 @@
+"""Searches for the range of a quantizer with the least error on its own tensor.
+
+Shapes: K candidates, G groups that share a step, n values in a group. Candidates and groups are tried together, as
+K * G groups of one trial quantizer, block by block so that what is computed stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qat.ptq.quantiles import quantiles
+from qat.quantizers import LogIntSoftmax, Quantizer, Uniform
+from qat.recipe import Layout, Spec
+
+Ranges = tuple[Tensor, Tensor]  # low and high, both (K, G) or both (G,)
+Candidates = Callable[[Tensor], Ranges]  # samples (G, n) -> low, high (K, G)
+
+PERCENTILES = (0.999, 0.9999, 0.99999)  # RepQ-ViT, in its order
+OMSE = tuple(1 - 0.01 * i for i in range(90))  # released FQ-ViT
+MSE_1D = tuple(1 - 0.01 * i for i in range(80))  # BRECQ, 1.00 to 0.21, with the error to the power 2.4
+BLOCK = {"cpu": 2**20}  # values computed at once, by kind of device; one pass must not leave the cache
+OTHER_BLOCK = 2**24  # accelerators: enough work for one kernel
+COLUMNS = 1024  # at least; shorter rows are slow
+
+
+def full(samples: Tensor) -> Ranges:
+    """One candidate: the smallest and the largest value of each group."""
+    return samples.amin(1)[None], samples.amax(1)[None]
+
+
+def percentiles(samples: Tensor, shares: Sequence[float] = PERCENTILES) -> Ranges:
+    """A candidate for each share: from the quantile 1 - share to the quantile share."""
+    ends = quantiles(samples, [*(1 - share for share in shares), *shares])
+    return ends[: len(shares)], ends[len(shares) :]
+
+
+def shrunk(low: Tensor, high: Tensor, factors: Sequence[float]) -> Ranges:
+    """A candidate for each factor: both ends (G,) times the factor."""
+    shares = torch.tensor(factors, dtype=low.dtype, device=low.device)[:, None]
+    return low * shares, high * shares
+
+
+@torch.no_grad()
+def errors(quantizer: Quantizer, samples: Tensor, low: Tensor, high: Tensor, power: float = 2.0) -> Tensor:
+    """The mean of |x - q(x)|**power over each group, (K, G), for each candidate range; the quantizer is not changed.
+
+    Args:
+        quantizer: of a kind that is `ranged`, without `refine_`, that maps every value by itself or has a `grid`.
+        samples: the values (G, n).
+        low: lower ends (K, G).
+        high: upper ends (K, G).
+        power: 2 is the squared error.
+    """
+    groups, n = samples.shape
+    block = BLOCK.get(samples.device.type, OTHER_BLOCK)
+    columns = min(n, max(block // (len(low) * groups), COLUMNS))
+    together = max(1, block // (groups * columns))  # candidates
+    parts = zip(low.split(together), high.split(together), strict=True)
+    return torch.cat([_errors(quantizer.spec, samples, *ends, power, columns) for ends in parts])
+
+
+def _errors(spec: Spec, samples: Tensor, low: Tensor, high: Tensor, power: float, columns: int) -> Tensor:
+    candidates, groups = low.shape
+    trial: Quantizer = grid(spec).build(Layout(0, candidates * groups, batched=False)).to(samples.device)
+    trial.set_range_(low.flatten(), high.flatten())
+    total = torch.zeros(candidates * groups, dtype=torch.float64, device=samples.device)
+    for part in samples.split(columns, dim=1):
+        x = part.expand(candidates, -1, -1).reshape(candidates * groups, -1)  # of a single group: no copy
+        total += (trial(x) - x).abs_().pow_(power).sum(1)
+    return total.view(candidates, groups) / samples.shape[1]
+
+
+def grid(spec: Spec) -> Spec:
+    """The kind whose error tells how good a range is: a softmax or a norm of integers divides its range uniformly."""
+    match spec:
+        case Uniform():
+            return Uniform(spec.bits, spec.signed, zero=spec.zero)
+        case LogIntSoftmax():
+            return Uniform(spec.logit_bits)
+        case _:
+            return spec
+
+
+def best_range(quantizer: Quantizer, samples: Tensor, low: Tensor, high: Tensor, power: float = 2.0) -> Ranges:
+    """The first of the candidates (K, G) with the least error, for each group: low and high (G,)."""
+    if len(low) == 1:
+        return low[0], high[0]
+    found = errors(quantizer, samples, low, high, power).nan_to_num(nan=torch.inf)
+    best = found.argmin(0, keepdim=True)
+    return low.gather(0, best)[0], high.gather(0, best)[0]
+
+
+def refines(quantizer: Quantizer) -> bool:
+    """The range leaves something open, which the quantizer finds itself; its range is that of all values."""
+    return type(quantizer).refine_ is not Quantizer.refine_
+
+
+@torch.no_grad()
+def fit_(quantizer: Quantizer, samples: Tensor, how: Candidates = full, power: float = 2.0) -> None:
+    """Choose the parameters from samples (G, n), by the best of the ranges ``how`` offers where there is a range."""
+    if not quantizer.ranged:
+        quantizer.init_from(samples)
+        return
+    how = full if refines(quantizer) else how
+    quantizer.set_range_(*best_range(quantizer, samples, *how(samples), power))
+    quantizer.refine_(samples)
+
+
+def fit_percentile_(quantizer: Quantizer, samples: Tensor, shares: Sequence[float] = PERCENTILES) -> None:
+    """Choose the parameters from samples (G, n), by the percentile range with the least squared error (RepQ-ViT)."""
+    fit_(quantizer, samples, lambda values: percentiles(values, shares))

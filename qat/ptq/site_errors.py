@@ -1,0 +1,51 @@
+"""Where the error of a quantised model sits: the signal-to-noise ratio of every site, in decibels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import log10
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.insert import quantizers
+from qat.ptq.base import undisturbed
+from qat.quantizers import Quantizer
+
+
+def site_errors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+    """10 log10(signal / noise) of every quantised site, by name, in the order of the network.
+
+    The signal is the sum of squares of what a quantizer approximates, in the model with all quantizers on; the noise is
+    that of its error. A site without any error is left out: its ratio is infinite.
+
+    Args:
+        model: calibrated.
+        batches: normalised images (B, 3, S, S).
+    """
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, quantizer: Quantizer, args: tuple[Any, ...], out: Tensor) -> None:
+        if not quantizer.layout.batched and name in sums:
+            return  # a weight is the same for every batch
+        target = quantizer.target(*args).double()
+        both = torch.stack([target.square().sum(), (out.double() - target).square().sum()])
+        sums[name] = sums[name] + both if name in sums else both
+
+    hooks = [
+        quantizer.register_forward_hook(lambda module, args, out, name=name: add(name, module, args, out))
+        for name, quantizer in quantizers(model)
+    ]
+    try:
+        with undisturbed(model), torch.no_grad():
+            for images in batches:
+                model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: sums[name].tolist() for name, _ in quantizers(model) if name in sums}
+    return {
+        name: 10 * log10(signal / noise)
+        for name, (signal, noise) in found.items() if signal and noise
+    }  # fmt: skip

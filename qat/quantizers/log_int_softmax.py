@@ -1,0 +1,223 @@
+"""Log-Int-Softmax: a softmax of integers whose output is a power of two: FQ-ViT (Lin et al. 2022, arXiv 2111.13824).
+
+Logits become integers x <= 0 of a step s, the largest of a row subtracted. exp is the polynomial of I-BERT (Kim et al.
+2021, arXiv 2101.01321), with constants b, c, x0 that depend on s alone, and the probability is the power of two next to
+E / sum E, found in v = sum E / E by its leading one and the bit below it: v = 1 is k = 0, 2 is 1, 3 to 5 are 2, 6 to 11
+are 3, 12 to 23 are 4::
+
+    b = floor(2.7073 / s),  c = floor(2.7921 / s**2),  x0 = floor(-0.6931 / s),   x = max(x, n x0)
+    q = floor(x / x0),      r = x - q x0,              E = (r (r + b) + c) << (n - q)
+    v = floor(sum E / E + 1/2),                        k = rounded_log2(v),   value = 2**-k
+
+n is 30, or less where the sum could reach 2**53: below, float64 is as exact as int64 (see `qat.quantizers.integers`).
+What n cuts off is a probability of 2**-n, 2**-20 in practice, below any code of 4 bits. Shapes: (..., N) with N keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, floor, isfinite, log2
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qat.errors import QatError
+from qat.quantizers import kernels
+from qat.quantizers.base import Quantizer
+from qat.quantizers.integers import EXACT_BITS, divide, rounded_log2, shift_right
+from qat.recipe import Layout, Spec
+
+Zero = Literal["last", "extra", "none"]
+MAX_CODE_BITS = 8  # no v below 2**53 needs more than 6
+FINEST = 2.0**-10  # of the steps of exp: finer ones change no power of two, and take bits from n
+MAX_SHIFT = 30
+ROWS = 1024  # computed at a time: their float64 stays in the cache
+
+
+@dataclass(frozen=True)
+class LogIntSoftmax(Spec):
+    """In the place of a softmax: code k stands for ``2**-k``.
+
+    Args:
+        logit_bits: width of the integers that logits become: unsigned, one step and zero point.
+        zero: which code stands for a probability of zero. ``last``: the last of ``2**bits``. ``extra``: one more than
+            ``2**bits``, as released FQ-ViT has it (4 bits have 17 levels). ``none``: there is none, and all that is
+            too small has the smallest power (paper).
+        extra_bits: bits by which logits are shifted left before exp, at most, until their step is 2**-10. x0 is a whole
+            number of steps, so coarse ones inflate small probabilities: e**-5 by 5 % where the step is 0.1 and by
+            89 % where it is 0.2. 0 is released FQ-ViT.
+    """
+
+    signed: bool = False
+    logit_bits: int = 8
+    zero: Zero = "last"
+    extra_bits: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("zero", Zero)
+        if self.signed or self.granularity != "tensor":
+            raise QatError("LogIntSoftmax has unsigned codes and one step: leave signed and granularity out")
+        for field, value, low in (("logit_bits", self.logit_bits, 2), ("extra_bits", self.extra_bits, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= 8:
+                raise QatError(f"{field} is {value!r}: give {low} to 8")
+        if isinstance(self.bits, int) and self.bits > MAX_CODE_BITS:
+            raise QatError(f"bits is {self.bits}: give LogIntSoftmax at most {MAX_CODE_BITS}")
+
+    @property
+    def levels(self) -> int:
+        """``2**bits``, and one more for an extra zero."""
+        return int(2**self.width) + (self.zero == "extra")
+
+    def build(self, layout: Layout) -> LogIntSoftmaxQuantizer:
+        """The module."""
+        return LogIntSoftmaxQuantizer(self, layout)
+
+
+class LogIntSoftmaxQuantizer(Quantizer):
+    """The module of `LogIntSoftmax`: parameter ``step`` (1,) and buffer ``zero_point`` (1,), both of the logits.
+
+    The gradient is that of the softmax of the logits as they came. Calibration sets the step and training leaves it:
+    its gradient is zero.
+    """
+
+    spec: LogIntSoftmax
+    zero_point: Tensor
+    ranged = True
+
+    def __init__(self, spec: LogIntSoftmax, layout: Layout) -> None:
+        super().__init__(spec, layout)
+        self.register_buffer("zero_point", torch.full((layout.groups,), torch.nan))
+
+    def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Powers of two, in the dtype of ``logits``; the float softmax when switched off.
+
+        Args:
+            logits: (..., N).
+            mask: floating point, added to the logits, broadcast over them: 0 where a key is seen and -100 or -inf
+                where it is not. It is rounded to integers of the step (FQ-ViT adds it to the quantised logits as it
+                is, the same but for that rounding).
+        """
+        if not self.enabled:
+            return _softmax(logits, mask)
+        out: Tensor = AsSoftmax.apply(logits, mask, self.step, self)
+        return out
+
+    @torch.no_grad()
+    def encode(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Exponents k, or the code of zero, the smallest integer type."""
+        exps = self.exponentials(logits.shape[-1]).double()
+        d = self.distances(logits, mask, len(exps) - 1)
+        parts = d.reshape(-1, d.shape[-1]).split(ROWS)
+        k = torch.cat([exponents(part, exps).clamp_(max=self.spec.qmax).to(self.code_dtype) for part in parts])
+        return k.view(d.shape)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values, float32."""
+        values = [2.0**-k for k in range(self.spec.levels)]
+        if self.spec.zero != "none":
+            values[-1] = 0.0
+        return _pick(torch.tensor(values, device=codes.device), codes.int())
+
+    def distances(self, logits: Tensor, mask: Tensor | None, farthest: int) -> Tensor:
+        """How far below the largest of its row every integer logit is, int32, at most ``farthest``."""
+        zero, codes = self.zero_point, 2**self.spec.logit_bits
+        x = kernels.scaled(logits, self.step, None).clamp_(-zero, codes - 1 - zero).round_()
+        if mask is not None:
+            reach = farthest + codes  # brings any logit to the farthest; exact in float32
+            x = x + (mask.float() / self.step).clamp(-reach, reach).round_()
+        return (x.amax(-1, keepdim=True) - x).clamp_(max=farthest).int()
+
+    def exponentials(self, keys: int) -> Tensor:
+        """E (int64) of every distance that matters among so many keys; all that are farther have the last."""
+        step = self.step.item()
+        if not isfinite(step):
+            raise QatError("LogIntSoftmax has no step yet: calibrate first, or load a checkpoint")
+        shift = min(self.spec.extra_bits, max(0, ceil(log2(step / FINEST))))
+        exp = Exp.of(step / 2**shift, keys)
+        farthest = ceil(exp.n * -exp.x0 / 2**shift)
+        return exp(-torch.arange(farthest + 1, device=self.step.device) << shift)
+
+    def target(self, x: Tensor, *others: Any) -> Tensor:
+        """The softmax of the logits, with the mask if there is one."""
+        return _softmax(x, *others)
+
+    @torch.no_grad()
+    def init_from(self, samples: Tensor) -> None:
+        """The full range of the logits (1, n)."""
+        self.set_range_(samples.amin(1), samples.amax(1))
+
+    @torch.no_grad()
+    def set_range_(self, low: Tensor, high: Tensor) -> None:
+        """Step and zero point of logits in low..high (1,), which need not contain zero: a softmax sees differences."""
+        self.step.copy_(((high - low) / (2**self.spec.logit_bits - 1)).clamp(min=FINEST))
+        self.zero_point.copy_((-low / self.step).round())
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Keep the step where exp has enough bits."""
+        self.step.clamp_(min=FINEST)
+
+
+class Exp(NamedTuple):
+    """exp of integers times a step, as integers in units of about ``step**2 / 2.7921 / 2**n``."""
+
+    b: int
+    c: int
+    x0: int
+    n: int
+
+    @classmethod
+    def of(cls, step: float, keys: int) -> Exp:
+        """The constants for a step, with which the sum over so many keys, and half a term, stay below 2**53."""
+        a = 0.35815147  # exp(r) is about a (r**2 + 2.7073 r + 2.7921) for -ln 2 < r <= 0
+        c = max(1, floor(1 / a / step**2))  # 0 for a step above 1.67, which leaves powers of two: r is always 0
+        n = min(MAX_SHIFT, EXACT_BITS - ((keys + 1) * c).bit_length())  # no E exceeds c << n
+        return cls(floor(0.96963238 / a / step), c, floor(-0.6931 / step), n)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """E > 0 for int64 x <= 0."""
+        x = x.clamp(min=self.n * self.x0)
+        q = divide(-x, torch.full_like(x, -self.x0))
+        r = x - q * self.x0
+        return (r * (r + self.b) + self.c) << (self.n - q)
+
+
+def exponents(distances: Tensor, exps: Tensor) -> Tensor:
+    """k (..., N) of every key, int64, from distances (..., N) and E, int64 or float64, of every distance."""
+    E = _pick(exps, distances)
+    v = shift_right(E, 1).add_(E.sum(-1, keepdim=True)).div_(E, rounding_mode="trunc")  # (2 sum + E) // (2 E)
+    return rounded_log2(v)
+
+
+def _pick(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]``, which takes five times as long."""
+    return table.index_select(0, index.reshape(-1)).view(index.shape)
+
+
+def _softmax(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    return (logits if mask is None else logits + mask).softmax(-1)
+
+
+class AsSoftmax(torch.autograd.Function):
+    """Quantised probabilities with the gradient of the float softmax, which backward computes again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, mask: Tensor | None, step: Tensor, quantizer: LogIntSoftmaxQuantizer
+    ) -> Tensor:
+        """Values, in the dtype of ``logits``."""
+        ctx.save_for_backward(logits, mask, step)
+        return quantizer.decode(quantizer.encode(logits, mask)).to(logits.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """p (g - sum p g) for the logits, zero for the step."""
+        logits, mask, step = ctx.saved_tensors
+        probs = _softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), mask)
+        d = probs * grads[0]
+        d_logits = d - probs * d.sum(-1, keepdim=True)
+        return d_logits.to(logits.dtype), None, torch.zeros_like(step), None
