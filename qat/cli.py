@@ -150,8 +150,10 @@ class QatCLI(LightningCLI):
         trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         for callback in [c for c in trainer.callbacks if isinstance(c, Calibrate)]:
             callback.folder = self._folder
-            if not self.calibrates:
+            if not self.calibrates or self.subcommand == "describe":
                 trainer.callbacks.remove(callback)
+            else:
+                callback.check_devices(trainer.world_size, trains=self.subcommand == "fit")
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:

@@ -41,7 +41,7 @@ SIDEWAYS = {
 HELPERS = {  # what the other files of a folder may import
     "quantizers": {"base", "fitting", "integers", "kernels", "lsq", "uniform"},
     "models": {"attention", "build", "layers", "sret_float"},
-    "ptq": {"base", "capture", "in_order", "norms", "observers", "quantiles", "search"},
+    "ptq": {"base", "capture", "in_order", "norms", "observers", "operands", "products", "quantiles", "search"},
     "regularizers": {"base"},
     "callbacks": set(),
     "data": {"check", "crops", "decode", "folder", "images", "labelreader", "labelwriter", "order", "softlabels"},

@@ -54,7 +54,7 @@ class Calibrate(L.Callback):
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(datamodule, ImageNetDataModule):
             raise QatError("calibration needs training images: pass an ImageNetDataModule, or calibrate before fitting")
-        self._check_devices(trainer)
+        self.check_devices(trainer.world_size, trainer.state.fn == TrainerFn.FITTING)
         started, name = time.perf_counter(), type(self.method).__name__
         log.info("calibrating with %s on %d training images ...", name, self.images)
         module = pl_module.to(trainer.strategy.root_device)  # setup comes before Lightning moves the model
@@ -77,13 +77,13 @@ class Calibrate(L.Callback):
             if trainer.is_global_zero:
                 log.info("saved %s", self.folder / CALIBRATED)
 
-    def _check_devices(self, trainer: L.Trainer) -> None:
-        """Every process of a training run gets the values of `InitSteps`; everything else is of one device."""
-        if trainer.world_size > 1 and (self.method.single_device or trainer.state.fn != TrainerFn.FITTING):
+    def check_devices(self, count: int, trains: bool) -> None:
+        """Raise QatError for more than one device, unless each comes to the same values and training follows."""
+        if count > 1 and (self.method.single_device or not trains):
             raise QatError(
-                f"calibration with {type(self.method).__name__} runs on one device, and this run has "
-                f"{trainer.world_size}: run `qat validate` with --trainer.devices 1 first, then give its ptq.ckpt as "
-                "--model.quant_checkpoint to `qat fit`, or as --ckpt to other commands"
+                f"calibration with {type(self.method).__name__} runs on one device, and this run has {count}: run "
+                "`qat validate` with --trainer.devices 1 first, then give its ptq.ckpt as --model.quant_checkpoint to "
+                "`qat fit`, or as --ckpt to other commands"
             )
 
     def _batches(self, module: QATModule, datamodule: ImageNetDataModule, images: int) -> Batches:

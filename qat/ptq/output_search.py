@@ -1,0 +1,129 @@
+"""Ranges chosen for the output of every matrix product: the initialisation of AdaLog, APHQ-ViT and FIMA-Q.
+
+Both operands start from samples of their own, by the ``init`` that their spec names. Then the ranges of one are tried
+while the other stays as it is quantised, in turn, and what counts is the error of the product.
+
+Operands and products are those of the float model, as in these three. Operands that are quantised up to there, with
+the float product as their target, make everything shrink towards zero at 3 bits: noise in a regressor does that.
+Shapes: G groups that share a step, n values in a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.family import family_of
+from qat.insert import quantizers, switched_off
+from qat.progress import Progress
+from qat.ptq.base import PTQMethod, raise_unless_calibrated, uncalibrated
+from qat.ptq.capture import capture
+from qat.ptq.operands import Form, forms
+from qat.ptq.products import MatrixProduct, Operand, candidates, searchable
+from qat.quantizers import Quantizer
+
+TOKENS = 16384  # rows of the input of a layer that are kept, of all batches
+
+
+@dataclass
+class OutputSearch(PTQMethod):
+    """Fills any recipe; a kind of quantizer without a range, and a site of no product, gets its own ``init``.
+
+    Args:
+        rounds: at most so often are both operands of a product improved.
+        rows: of the output of a product, on which candidates for an activation are compared.
+        samples: values of each group for the ``init``, and for the ends of the ranges that are tried.
+        seed: of what is drawn.
+    """
+
+    rounds: int = 3
+    rows: int = 512
+    samples: int = 20_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "rows", "samples"):
+            if getattr(self, name) < 1:
+                raise QatError(f"{name} is {getattr(self, name)}: give at least 1")
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Calibrate every site that is not calibrated yet; QatError for one that no image reaches."""
+        weights, activations = uncalibrated(model)
+        for name, weight, quantizer in weights:
+            _start(name, quantizer, quantizer.grouped(weight.float()))
+        wanted = {site.name: site.quantizer for site in weights} | activations
+        if wanted:
+            self._walk(model, list(batches), wanted)
+        for name, quantizer in activations.items():
+            if not quantizer.calibrated:
+                raise QatError(f"no calibration image reached {name!r}: raise calibration.images")
+
+    def _walk(self, model: nn.Module, tensors: list[Tensor], wanted: Mapping[str, Quantizer]) -> None:
+        """Unit by unit; of each, a part of what reaches its sites in the float model is kept until they are fitted."""
+        products = [form for form in forms(model) if form.left in wanted or form.right in wanted]
+        of = {name: form for form in products for name in form.activations}
+        alone = {name: q for name, q in wanted.items() if name not in of and q.layout.batched}
+        sites = {name: model.get_submodule(name) for name in of} | alone
+
+        def keep(name: str, x: Tensor) -> Tensor:
+            if name in of:
+                return self._samples(of[name], x.float(), batches)
+            return self._drawn(alone[name].grouped(x.float()), ceil(self.samples / batches), axis=1)
+
+        batches, everything = len(tensors), [quantizer for _, quantizer in quantizers(model)]
+        with Progress("matrix products", len(products)) as progress:
+            for unit in family_of(model).units(model) if tensors else []:
+                with switched_off(everything):
+                    tensors, parts = capture(unit, tensors, sites, keep)
+                found = {name: torch.cat(kept, dim=int(name in alone)) for name, kept in parts.items()}
+                for name, x in found.items():
+                    if name in wanted:
+                        _start(name, wanted[name], self._thinned(x if name in alone else wanted[name].grouped(x)))
+                here = [form for form in products if all(name in found for name in form.activations)]
+                for form in here:
+                    self._search(model, form, wanted, found)
+                progress.advance(len(here))
+
+    def _search(
+        self, model: nn.Module, form: Form, wanted: Mapping[str, Quantizer], found: Mapping[str, Tensor]
+    ) -> None:
+        """Both operands of a product, from where they stand."""
+        sides = []
+        for name, matrix, axis in zip((form.left, form.right), form.matrices, form.axes, strict=True):
+            x = form.weight.float() if form.weight is not None and name == form.right else found[name]
+            side = Operand(model.get_submodule(name), x, matrix, axis)
+            if name in wanted and searchable(wanted[name]):
+                side.ranges = candidates(wanted[name].spec, self._thinned(wanted[name].grouped(x)))
+            sides.append(side)
+        left, right = sides
+        MatrixProduct(left, right, self.rows).search_(self.rounds)
+
+    def _samples(self, form: Form, x: Tensor, batches: int) -> Tensor:
+        """What is kept of one batch of an operand: as many samples as give the rows that are needed."""
+        x = form.samples(x)
+        rows = self.rows if form.weight is None else TOKENS
+        return self._drawn(x, ceil(rows / form.height(x) / batches))
+
+    def _thinned(self, rows: Tensor) -> Tensor:
+        """(G, n) to what a search for a range is given."""
+        return self._drawn(rows, self.samples, axis=1)
+
+    def _drawn(self, x: Tensor, count: int, axis: int = 0) -> Tensor:
+        """At most so many along an axis: the same of all tensors of one length, so that operands match."""
+        size = x.shape[axis]
+        if size <= count:
+            return x
+        picks = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))[:count]
+        return x.index_select(axis, picks.to(x.device))
+
+
+def _start(name: str, quantizer: Quantizer, samples: Tensor) -> None:
+    """Parameters from samples (G, n), and the switch on."""
+    quantizer.init_from(samples)
+    raise_unless_calibrated(name, quantizer)
+    quantizer.enabled = True
