@@ -77,7 +77,7 @@ def pixels(data: ImageNetDataModule, out: Path) -> tuple[Tensor, Tensor]:
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate and evaluate one case."""
     preprocessing = default_preprocessing(args.arch)
@@ -88,7 +88,7 @@ def run(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     model = quantize(build_float(args.arch, args.checkpoint).eval(), rules)
     calibration = [preprocessing.normalize(x) for x in data.calibration_batches(case.images, 32, seed)]
     started = time.perf_counter()
-    with PeakMemory(torch.device("cpu")) as memory, torch.inference_mode(False):
+    with PeakMemory(torch.device("cpu")) as memory:
         case.method(model, calibration)
     seconds = time.perf_counter() - started
     batches = [preprocessing.normalize(x) for x in images[: BATCH * 2].split(BATCH)]
