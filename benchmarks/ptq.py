@@ -5,7 +5,7 @@
 
 A case is calibrated on images of DIR/train and evaluated on all of DIR/val, in a process of its own, so that its peak
 memory is its own. What is in OUT is not run again. Evaluation is compared within one process: the same batches through
-the float and the quantised model in turn, median of the ratios. Top-1 is what `qat validate` prints for the same options.
+the float and the quantised model in turn, median of the ratios. Top-1 is what `qat validate` prints.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ CASES = [
     *(Case(f"fq_vit_{bits}{end}", Observe("minmax"), 8, 8, n)
       for n in (256, 1000) for end in ("", "_released") for bits in ("888", "884")),
     *(Case("uniform", Observe(kind), 4, 4, 256) for kind in ("minmax", "ema", "percentile", "omse")),
-    *(Case("uniform", method, bits, bits, 32) for bits in (4, 3) for method in (InitSteps(), RepQViT(), OutputSearch())),
+    *(Case("uniform", method, n, n, 32) for n in (4, 3) for method in (InitSteps(), RepQViT(), OutputSearch())),
 ]  # fmt: skip
 
 
-def pixels(data: ImageNetDataModule, out: Path) -> tuple[Tensor, Tensor]:
+def pixels(data: ImageNetDataModule, arch: str, out: Path) -> tuple[Tensor, Tensor]:
     """Validation images (n, 3, S, S) uint8 and labels (n,), decoded once."""
-    cache = out / "val.pt"
+    cache = out / f"val_{arch}.pt"
     if not cache.exists():
         data.setup("validate")
         batches = list(data.val_dataloader())
@@ -82,7 +82,7 @@ def run(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate and evaluate one case."""
     preprocessing = default_preprocessing(args.arch)
     data = ImageNetDataModule(args.data, val_batch_size=BATCH, preprocessing=preprocessing.to_dict())
-    images, labels = pixels(data, args.out)
+    images, labels = pixels(data, args.arch, args.out)
     float_model = build_float(args.arch, args.checkpoint).eval()
     rules = build_recipe(case.recipe, w_bits=case.w_bits, a_bits=case.a_bits)
     model = quantize(build_float(args.arch, args.checkpoint).eval(), rules)
@@ -98,7 +98,7 @@ def run(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True)
     )
     return {
-        "case": case.name, "seed": seed, "top1": 100 * hits / len(labels), "seconds": seconds,
+        "arch": args.arch, "case": case.name, "seed": seed, "top1": 100 * hits / len(labels), "seconds": seconds,
         "ratio": median(ratios), "megabytes": memory.megabytes, "recipe": summary(model),
     }  # fmt: skip
 
@@ -150,13 +150,14 @@ def main() -> None:
             results.write(json.dumps(row) + "\n")
         return
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(row["case"], row["seed"]) for row in rows}
+    done = {(row["arch"], row["case"], row["seed"]) for row in rows}
     for case in CASES:
         for seed in args.seeds if args.run else ():
-            if fnmatchcase(case.name, args.only) and (case.name, seed) not in done:
+            if fnmatchcase(case.name, args.only) and (args.arch, case.name, seed) not in done:
                 command = [sys.executable, __file__, *sys.argv[1:], "--one", case.name, "--seeds", str(seed)]
                 subprocess.run(command, check=True)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [row for row in rows if row["arch"] == args.arch]
     Console(width=140).print(table([row for row in rows if fnmatchcase(row["case"], args.only)]))
     print(f"{args.arch}, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
 

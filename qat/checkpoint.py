@@ -107,8 +107,8 @@ def load_into(model: nn.Module, card: Card, path: str | Path) -> dict[str, Any]:
     """
     option = "model.quant_checkpoint"
     theirs, content = read(path, f"--{option}")
-    for field in ("arch", "model_args", "num_classes", "rules"):
-        if getattr(theirs, field) != getattr(card, field):
+    for field in ("arch", "model_args", "num_classes", "rules", "preprocessing", "classes"):
+        if getattr(theirs, field) != getattr(card, field) and (field != "classes" or (theirs.classes and card.classes)):
             ways = "calibrate with this config" if field == "rules" else "give the options that it was made with"
             raise QatError(f"{option}: {path} is of another model, its {field} differs from this one's: {ways}")
     model.load_state_dict(_weights(content), strict=True)

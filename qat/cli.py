@@ -102,7 +102,10 @@ class QatCLI(LightningCLI):
         if self.ckpt is not None:
             card, content = checkpoint.read(self.ckpt)
             if self.subcommand == "fit" and "optimizer_states" not in content:
-                raise QatError(f"{self.ckpt} holds weights only, no state of a run: `qat fit` cannot go on from it")
+                raise QatError(
+                    f"{self.ckpt} holds weights only, no state of a run to go on with: to start from them, give it as "
+                    "--model.quant_checkpoint, with the recipe that it was made with"
+                )
             check_agreement(card, self.ckpt, self.given[str(self.subcommand)])
             stored = {"arch": card.arch, "model_args": card.model_args, "num_classes": card.num_classes}
             stored |= {"recipe": "float", "rules": card.rules, "w_bits": None, "a_bits": None}
@@ -121,6 +124,8 @@ class QatCLI(LightningCLI):
         if model.quant_checkpoint is not None:
             checkpoint.read(model.quant_checkpoint, "--model.quant_checkpoint")
         self.calibrates = bool(table) and self.ckpt is None and model.quant_checkpoint is None
+        if self.given[str(self.subcommand)].get("calibration") and not self.calibrates:
+            log.info("the model is calibrated already: calibration.* is not used")
         if self.subcommand != "describe":
             check_data(str(self.subcommand), model, data, self.ckpt, self.calibrates)
         if self.subcommand != "fit":

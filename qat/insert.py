@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
 from qat.errors import QatError
 from qat.family import FAMILIES, family_of
-from qat.quantizers import FloatSite, IntegerNormQuantizer, Quantizer
+from qat.quantizers import FloatSite, IntegerNormQuantizer, PTFQuantizer, Quantizer, UniformQuantizer
 from qat.recipe import MAX_BITS, Layout, Recipe, resolve
 
 Cuts = Mapping[str, tuple[int, int]]  # granularity -> (axis, groups)
@@ -124,10 +124,12 @@ def connect_norms(model: nn.Module) -> None:
     for name in sorted(integer):
         site = links.get(name)
         source = modules[site] if site else None
-        if not isinstance(source, Quantizer) or source.step.numel() > 1:
+        uniform = isinstance(source, UniformQuantizer) and source.spec.zero != "fractional"
+        if not (uniform or isinstance(source, PTFQuantizer)) or cast(Quantizer, source).step.numel() > 1:
+            found = f"{site!r} is {source.spec if isinstance(source, Quantizer) else 'not quantised'}"
             raise QatError(
-                f"site '{name}.output_quant': IntegerNorm needs the tensor that it normalises "
-                f"{f'({site}) ' if site else ''}quantised with one step: add a rule, such as PTF, or use Uniform here"
+                f"site '{name}.output_quant': IntegerNorm reads whole numbers of steps, so what it normalises must be "
+                f"PTF, or Uniform with one step; {found if site else 'here it is no site'}: change that, or use Uniform"
             )
         modules[name].source = (source,)  # in a tuple: no submodule of the norm
 

@@ -56,7 +56,7 @@ class QATModule(L.LightningModule):
         quant_checkpoint: checkpoint of a quantised model with the same recipe, such as the ptq.ckpt of a calibration:
             training starts from its weights and steps, in place of ``checkpoint`` and of a calibration.
         drop_path: stochastic depth rate of the last block, rising from 0 in the first.
-        recipe: float, lsq, vvtq, or the path of a YAML file of rules.
+        recipe: float, lsq, vvtq, one of post-training quantization (docs/ptq.md), or the path of a YAML file of rules.
         rules: rules appended to the recipe; the last rule that matches a site wins.
         w_bits: width of weights where the recipe says w_bits.
         a_bits: width of activations where the recipe says a_bits.
@@ -261,7 +261,8 @@ class QATModule(L.LightningModule):
         for name, value in self.model.state_dict().items():
             if not torch.isfinite(value).all():
                 raise QatError(f"{name} is not finite at step {self.global_step}; the last good checkpoint is kept")
-        checkpoint[KEY] = self.card.to_dict() | {"options": self.options, "calibration": self.calibration}
+        told = {key: value for key, value in self.calibration.items() if key != "snr_db" or self.global_step == 0}
+        checkpoint[KEY] = self.card.to_dict() | {"options": self.options, "calibration": told}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """QatError when the checkpoint describes another model, or a run that cannot go on as it is now."""

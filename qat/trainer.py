@@ -40,14 +40,16 @@ class Trainer(L.Trainer):
         """
         check_folder("--results_file", results_file)
         started = time.perf_counter()
-        size = cost(model.model, model.preprocessing.size)
         (metrics,) = super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        size = cost(model.model, model.preprocessing.size)  # calibration may have added to it
+        calibrators = [c for c in self.callbacks if isinstance(c, Calibrate)]  # type: ignore[attr-defined]
+        seconds = time.perf_counter() - started - sum(callback.seconds for callback in calibrators)
         results = {
             "top1": metrics["val/top1"],
             "top5": metrics["val/top5"],
             "loss": metrics["val/loss"],
             "images": round(metrics["val/images"]),
-            "seconds": round(time.perf_counter() - started, 2),
+            "seconds": round(seconds, 2),
             "model": model.card.arch,
             "recipe": summary(model.model),
             "size_mb": round(size.size_mb, 3),
@@ -57,7 +59,6 @@ class Trainer(L.Trainer):
         if self.is_global_zero:
             for line in _report(results):
                 Console().print(line, highlight=False, soft_wrap=True)
-            calibrators = [c for c in self.callbacks if isinstance(c, Calibrate)]  # type: ignore[attr-defined]
             folders = [callback.folder / RESULTS for callback in calibrators if callback.folder is not None]
             for file in [*folders, results_file]:
                 if file is not None:

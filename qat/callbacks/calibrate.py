@@ -45,6 +45,7 @@ class Calibrate(L.Callback):
         self.method = method or InitSteps()
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.folder: Path | None = None  # of the run; the command line sets it
+        self.seconds = 0.0  # that it took in all
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Calibrate on the device of the trainer, check that nothing is left, measure and save."""
@@ -76,6 +77,7 @@ class Calibrate(L.Callback):
             trainer.save_checkpoint(self.folder / CALIBRATED, weights_only=True)
             if trainer.is_global_zero:
                 log.info("saved %s", self.folder / CALIBRATED)
+        self.seconds = time.perf_counter() - started
 
     def check_devices(self, count: int, trains: bool) -> None:
         """Raise QatError for more than one device, unless each comes to the same values and training follows."""

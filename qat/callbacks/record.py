@@ -33,6 +33,8 @@ class RecordSites(L.Callback):
             log.info("%s: %s", pl_module.card.arch, summary(pl_module.model))
             log.info("run folder %s", self.folder)
 
+    on_predict_start = on_fit_start
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The same, of a run that only evaluates."""
         if trainer.state.fn == TrainerFn.VALIDATING:

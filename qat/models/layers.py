@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import timm.layers
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,9 +51,9 @@ class QuantLinear(nn.Module):
         return out
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Weights without the bias that only a quantised layer has, of a float model, leave it as it is."""
-        if self.born_bias:
-            state_dict.setdefault(f"{prefix}bias", self.bias.detach())
+        """Float weights have no bias here: it is zero then. Those of a calibrated layer must have it."""
+        if self.born_bias and f"{prefix}weight_quant.step" not in state_dict:
+            state_dict.setdefault(f"{prefix}bias", torch.zeros_like(self.bias))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -124,12 +125,18 @@ class QuantLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        out: Tensor = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        y: Tensor = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         if self.source:
+            if x.dtype in (torch.float16, torch.bfloat16) and self.output_quant.enabled:
+                raise QatError(
+                    f"IntegerNorm reads integers from a tensor of {x.dtype}, which cannot hold them: run with "
+                    "trainer.precision 32-true"
+                )
             integers = (x.float() / self.source[0].step).round()
-            return cast(Tensor, self.output_quant(out, integers, self.weight, self.bias))
-        out = self.output_quant(out)
-        return out
+            y = self.output_quant(y, integers, self.weight, self.bias)
+        else:
+            y = self.output_quant(y)
+        return y
 
     def extra_repr(self) -> str:
         """Size, for ``print(model)``."""

@@ -24,9 +24,18 @@ class PTQMethod(ABC):
     single_device = True
 
     def __call__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Calibrate ``model`` on normalised images (B, 3, S, S) on its device; switches end as they were."""
+        """Calibrate ``model`` on normalised images (B, 3, S, S) on its device; switches end as they were.
+
+        When it is interrupted, what was not calibrated before is not calibrated after.
+        """
+        fresh = [quantizer for _, quantizer in quantizers(model) if not quantizer.calibrated]
         with undisturbed(model), torch.no_grad():
-            self.calibrate(model, batches)
+            try:
+                self.calibrate(model, batches)
+            except BaseException:
+                for values in (values for q in fresh for values in (*q.parameters(), *q.buffers())):
+                    values.fill_(torch.nan)
+                raise
 
     @abstractmethod
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:

@@ -9,7 +9,8 @@ Shapes: C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +54,15 @@ def same_function(model: nn.Module, images: Tensor) -> Iterator[None]:
             f"{TOLERANCE:.0e}: something else reads a LayerNorm of this model (padded windows do), so choose a method "
             "that rewrites none"
         )
+
+
+def check_rewrites(model: nn.Module, links: Iterable[NormLink], images: Tensor) -> None:
+    """Raise QatError, before any work, for a norm that is read elsewhere too; tried on a copy of the model."""
+    trial = copy.deepcopy(model)
+    with same_function(trial, images):
+        for link in links:
+            ones = torch.ones_like(trial.get_parameter(f"{link.norm}.weight"))
+            fold(trial, link, ratio=ones, shift=ones)
 
 
 def _float_logits(model: nn.Module, images: Tensor) -> Tensor:

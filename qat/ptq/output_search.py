@@ -3,8 +3,10 @@
 Both operands start from samples of their own, by the ``init`` that their spec names. Then the ranges of one are tried
 while the other stays as it is quantised, in turn, and what counts is the error of the product.
 
-Operands and products are those of the float model, as in these three. Operands that are quantised up to there, with
-the float product as their target, make everything shrink towards zero at 3 bits: noise in a regressor does that.
+The input of a unit (the embedding, a block, the head) comes from the quantised units before it; inside the unit,
+operands and products are those of the float model. With the float input too, as in these three, DeiT-Tiny loses five
+points at 4 bits. With the product of the float input as the target of a quantised one, everything shrinks towards zero
+at 3 bits: noise in a regressor does that.
 Shapes: G groups that share a step, n values in a group.
 """
 
@@ -64,7 +66,7 @@ class OutputSearch(PTQMethod):
                 raise QatError(f"no calibration image reached {name!r}: raise calibration.images")
 
     def _walk(self, model: nn.Module, tensors: list[Tensor], wanted: Mapping[str, Quantizer]) -> None:
-        """Unit by unit; of each, a part of what reaches its sites in the float model is kept until they are fitted."""
+        """Unit by unit; a part of what reaches the sites of one, while they are off, is kept until they are fitted."""
         products = [form for form in forms(model) if form.left in wanted or form.right in wanted]
         of = {name: form for form in products for name in form.activations}
         alone = {name: q for name, q in wanted.items() if name not in of and q.layout.batched}
@@ -79,7 +81,7 @@ class OutputSearch(PTQMethod):
         with Progress("matrix products", len(products)) as progress:
             for unit in family_of(model).units(model) if tensors else []:
                 with switched_off(everything):
-                    tensors, parts = capture(unit, tensors, sites, keep)
+                    _, parts = capture(unit, tensors, sites, keep)
                 found = {name: torch.cat(kept, dim=int(name in alone)) for name, kept in parts.items()}
                 for name, x in found.items():
                     if name in wanted:
@@ -88,6 +90,7 @@ class OutputSearch(PTQMethod):
                 for form in here:
                     self._search(model, form, wanted, found)
                 progress.advance(len(here))
+                tensors = [unit.run(x) for x in tensors]
 
     def _search(
         self, model: nn.Module, form: Form, wanted: Mapping[str, Quantizer], found: Mapping[str, Tensor]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -194,8 +194,8 @@ def row_errors(X: Tensor, M: Tensor, Y: Tensor) -> Rows:
     def errors(D: Tensor) -> Tensor:
         D = D.movedim(0, -3)  # (..., K, n, I): one matrix of K * n rows for every M
         product = (D.flatten(-3, -2) @ G).unflatten(-2, D.shape[-3:-1]) + L.unsqueeze(-3)
-        error = (product * D if gram else product.square()).sum(-1).double()  # (..., K, n)
-        return (error + rest.unsqueeze(-2)).movedim(-2, 0) if gram else error.movedim(-2, 0)
+        error: Tensor = (product * D if gram else product.square()).sum(-1).double()  # (..., K, n)
+        return (error + rest.unsqueeze(-2) if gram else error).movedim(-2, 0)
 
     return errors
 
@@ -210,10 +210,11 @@ def by_group(errors: Tensor, layout: Layout, axis: int | None) -> Tensor:
 def tried(quantizer: Quantizer, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The values (K, ...) that a tensor x (...) has with each of the ranges (K, G)."""
     (K, groups), axis = low.shape, quantizer.layout.axis
-    trial: Any = quantizer.spec.build(Layout(0, K * groups, batched=False)).to(x.device)
+    trial: Quantizer = quantizer.spec.build(Layout(0, K * groups, batched=False)).to(x.device)
     trial.set_range_(low.flatten(), high.flatten())
     if groups == 1:
         return cast(Tensor, trial(x.expand(K, *x.shape)))
     front = x.movedim(axis, 0)
-    out: Tensor = trial(front.expand(K, *front.shape).flatten(0, 1))
-    return out.unflatten(0, (K, -1)).movedim(1, axis if axis < 0 else axis + 1)
+    out = trial(front.expand(K, *front.shape).flatten(0, 1))
+    values: Tensor = out.unflatten(0, (K, -1)).movedim(1, axis if axis < 0 else axis + 1)
+    return values

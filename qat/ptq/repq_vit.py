@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from qat.errors import QatError
 from qat.family import NormLink, family_of
-from qat.insert import WeightSite
+from qat.insert import WeightSite, weight_sites
+from qat.progress import Progress
 from qat.ptq.base import PTQMethod, uncalibrated
 from qat.ptq.in_order import fit_in_order
-from qat.ptq.norms import fold, same_function
-from qat.ptq.search import fit_percentile_
+from qat.ptq.norms import check_rewrites, fold, same_function
+from qat.ptq.search import PERCENTILES, fit_percentile_
 from qat.quantizers import Quantizer, Uniform, UniformQuantizer
 from qat.recipe import Layout
 
@@ -36,22 +37,29 @@ class RepQViT(PTQMethod):
         shares: quantiles that are tried as the upper end of a range, and their complements as the lower one.
     """
 
-    shares: Sequence[float] = (0.999, 0.9999, 0.99999)
+    shares: Sequence[float] = PERCENTILES
+
+    def __post_init__(self) -> None:
+        if not self.shares or not all(0.5 < share <= 1 for share in self.shares):
+            raise QatError(f"shares is {list(self.shares)}: give quantiles above 0.5 and at most 1, such as 0.999")
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Weights, then activations in the order of the network, then the fold and the folded weights once more."""
-        images = list(batches)
         links = self._links(model)
+        images = list(batches)
+        check_rewrites(model, links, images[0][:CHECKED])
         weights, activations = uncalibrated(model)
-        for site in weights:
-            self._fit_weight(site)
+        with Progress("weights", len(weights), shown=bool(weights)) as progress:
+            for site in weights:
+                self._fit_weight(site)
+                progress.advance(1)
         with channel_wise(model, links) as channels:
             fit_in_order(model, images, self._fit, activations)
         with same_function(model, images[0][:CHECKED]):
             for link in links:
                 reparameterize(model, link, channels[link.norm])
         folded = {f"{link.linear}.weight_quant" for link in links}
-        for site in weights:
+        for site in weight_sites(model) if weights else ():
             if site.name in folded:
                 self._fit_weight(site)
 

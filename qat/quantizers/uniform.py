@@ -22,6 +22,7 @@ from qat.quantizers.kernels import Bound
 from qat.quantizers.lsq import MIN_STEP, FakeQuantize
 from qat.recipe import Layout, Spec
 
+NARROW = 2**-10
 Zero = Literal["integer", "code", "clipped", "fractional", "none"]
 
 
@@ -61,11 +62,12 @@ class Uniform(Spec):
         return (FractionalQuantizer if self.zero == "fractional" else UniformQuantizer)(self, layout)
 
     def from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Step and zero point (G,) for values in low..high (G,); an empty range is widened to contain zero."""
+        """Step and zero point (G,) for values in low..high (G,); a range that is almost a point is widened to zero."""
         if self.zero == "none":
             reach = torch.maximum(low.abs(), high.abs()) * 2 if self.signed else high
             return (reach / self.steps).clamp(min=MIN_STEP), torch.zeros_like(low)
-        widened = (high - low <= MIN_STEP) | (self.zero == "code")
+        point = torch.maximum(low.abs(), high.abs()) * NARROW  # a dead channel: its zero point would be astronomic
+        widened = (high - low <= point.clamp(min=MIN_STEP)) | (self.zero == "code")
         low, high = torch.where(widened, low.clamp(max=0), low), torch.where(widened, high.clamp(min=0), high)
         step = ((high - low) / self.steps).clamp(min=MIN_STEP)
         zero = self.qmin - low / step
@@ -143,9 +145,11 @@ class FractionalQuantizer(UniformQuantizer):
         """As `UniformQuantizer.forward`, rounded before it is clipped."""
         if not self.enabled:
             return x
-        v = x.to(torch.promote_types(x.dtype, torch.float32)) / self.view(self.step, x)
+        gain, step = self.gain(x) if torch.is_grad_enabled() else 1.0, self.view(self.step, x)
+        step = step.detach() + (step - step.detach()) * gain
+        v = x.to(torch.promote_types(x.dtype, torch.float32)) / step
         v = v + (v.round() - v).detach() if torch.is_grad_enabled() else v.round_()
-        return (v.clamp(*self.bounds(x)) * self.view(self.step, x)).to(x.dtype)
+        return (v.clamp(*self.bounds(x)) * step).to(x.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Integer codes: 1 is the first value of the grid above the lower end."""

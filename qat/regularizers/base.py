@@ -45,8 +45,11 @@ class Regularizer(ABC):
         return self.weight * cosine_ramp(progress, self.start)
 
     def choose(self, model: nn.Module) -> list[WeightSite]:
-        """The weights that are regularised; QatError when there are none."""
-        return weight_sites(model, self.sites, self.max_bits)
+        """The weights that are regularised; QatError when there are none, or one has no uniform grid."""
+        found = weight_sites(model, self.sites, self.max_bits)
+        for site in found:
+            grid_of(site)
+        return found
 
     def __call__(self, model: nn.Module) -> Tensor:
         """The sum over the chosen weights, without the factor `weight_at`."""
@@ -69,5 +72,5 @@ def named(regularizers: Sequence[Regularizer]) -> dict[str, Regularizer]:
 def grid_of(site: WeightSite) -> LSQQuantizer:
     """The uniform grid of a weight; QatError when its quantizer is of another kind."""
     if not isinstance(site.quantizer, LSQQuantizer):
-        raise QatError(f"{site.name} is a {type(site.quantizer).__name__}: only uniform grids (LSQ) are regularised")
+        raise QatError(f"{site.name} is a {type(site.quantizer).__name__}: only weights of LSQ are regularised")
     return site.quantizer

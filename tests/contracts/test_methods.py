@@ -1,6 +1,7 @@
 """What every method of calibration promises, on a tiny ViT, a DeiT with distillation token and a Swin."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 import qat.ptq
 from qat.insert import quantize, quantizers, switched_off
 from qat.models import build_float
+from qat.models.vit import QuantBlock
 from qat.ptq import InitSteps, Observe, OutputSearch, PTQMethod, RepQViT
-from qat.recipe import build_recipe
+from qat.recipe import Rule, build_recipe
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}
@@ -31,6 +33,15 @@ class Case:
     method: PTQMethod
     recipe: str
     bits: int
+
+    @property
+    def plain(self) -> list[Rule]:
+        """Uniform steps at the same sites and widths, which min-max ranges then fill."""
+        name = "uniform_full" if self.recipe.startswith("fq_vit") else self.recipe
+        name = "uniform" if isinstance(self.method, RepQViT) else name
+        attention = {"class_path": "Uniform", "init_args": {"bits": 4, "zero": "code"}}
+        few = [{"match": "*.attn.probs_quant", "spec": attention}] if "884" in self.recipe else []
+        return build_recipe(name, few, w_bits=self.bits, a_bits=self.bits)
 
     def __repr__(self) -> str:
         options = getattr(self.method, "observer", "")
@@ -71,6 +82,9 @@ def _float_model(name: str) -> nn.Module:
             if "norm" in key and key.endswith("weight"):
                 parameter[3] = 0  # a dead channel, and two of outliers, as trained transformers have them
                 parameter[5:7] *= 8
+                parameter[8] = 1e-6  # almost dead
+            if key.startswith("patch_embed"):
+                parameter[7] *= 30  # the residual stream has channels of its own size, which is what PTF is for
     return model
 
 
@@ -142,19 +156,35 @@ def test_switches_are_put_back(case):
 
 
 @every_case
-@pytest.mark.parametrize("after", [0, 2])
-def test_an_interrupt_leaves_no_trace(case, after):
+@pytest.mark.parametrize("after", [0, 3, 30])
+def test_an_interrupt_leaves_no_trace(case, after, monkeypatch):
+    """Wherever it comes: in the model, after some sites, or while the images are read."""
+
     def interrupted() -> Iterator[Tensor]:
-        yield from batches(after)
+        yield from batches(2)
         raise KeyboardInterrupt
 
     model = uncalibrated("vit", case)
-    before, kinds = switches(model), [type(module) for module in model.modules()]
+    before, kinds, state = switches(model), [type(module) for module in model.modules()], model.state_dict()
+    state = {key: value.clone() for key, value in state.items()}
+    calls, forward = itertools.count(), QuantBlock.forward
+
+    def fails(self: QuantBlock, *args: Tensor) -> Tensor:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+
+    monkeypatch.setattr(QuantBlock, "forward", fails)
     with pytest.raises(KeyboardInterrupt):
         case.method(model, interrupted())
+    monkeypatch.undo()
     assert switches(model) == before
     assert hooks(model) == 0
     assert [type(module) for module in model.modules()] == kinds
+    assert all(value.equal(state[key]) or value.isnan().all() for key, value in model.state_dict().items())
+    case.method(model, batches())
+    expected = calibrated("vit", case).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
 @every_case
@@ -178,7 +208,7 @@ def test_the_float_function_stays(case, name):
 @every_case
 @torch.no_grad()
 def test_the_error_is_not_above_that_of_plain_ranges(case, name):
-    plain = uncalibrated(name, case)
+    plain = quantize(copy.deepcopy(_float_model(name)), case.plain)
     Observe(observer="minmax")(plain, batches())
     images = torch.cat(batches())
     expected = _float_model(name)(images)

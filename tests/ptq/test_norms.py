@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.family import family_of
 from qat.insert import quantize
+from qat.models.layers import QuantLayerNorm
+from qat.ptq import Observe
 from qat.ptq.norms import fold, same_function
+from qat.recipe import build_recipe
 from tests.contracts.test_families import MODELS, float_model, images
 
 LINKED = [name for name in MODELS if name != "sret"]
@@ -77,6 +80,45 @@ def test_a_family_without_links_says_so():
     model = quantize(float_model("sret"), [])
     with pytest.raises(QatError, match="does not list its LayerNorms"):
         family_of(model).norm_links(model)
+
+
+@pytest.mark.parametrize("recipe", ["fq_vit_888", "fq_vit_884_released"])
+@pytest.mark.parametrize("name", ["deit", "distilled", "swin", "swin_padded"])
+@torch.no_grad()
+def test_an_integer_norm_reads_whole_numbers_of_steps(name, recipe):
+    model = quantize(float_model(name), build_recipe(recipe, w_bits=8, a_bits=8))
+    Observe()(model, [images(4)])
+    seen: dict[str, Tensor] = {}
+    norms = {key: module for key, module in model.named_modules() if isinstance(module, QuantLayerNorm)}
+    for key, norm in norms.items():
+        assert norm.source
+        norm.register_forward_hook(lambda m, args, _, key=key: seen.update({key: args[0] / m.source[0].step}))
+    model(images())
+    assert seen.keys() == norms.keys()
+    for key, numbers in seen.items():
+        torch.testing.assert_close(numbers, numbers.round(), atol=1e-3, rtol=0, msg=key)  # float32 of up to 2040
+
+
+def test_half_precision_cannot_hold_the_integers():
+    model = quantize(float_model("swin"), build_recipe("fq_vit_888", w_bits=8, a_bits=8))
+    Observe()(model, [images(4)])
+    with pytest.raises(QatError, match=r"trainer\.precision 32-true"), torch.autocast("cpu", torch.bfloat16):
+        model(images())
+
+
+@pytest.mark.parametrize(
+    ("spec", "found"),
+    [
+        (None, "'blocks.0.attn_residual_quant' is not quantised"),
+        ({"class_path": "LSQ", "init_args": {"bits": 8, "signed": False, "offset": True}}, r"is LSQ\("),
+        ({"class_path": "Uniform", "init_args": {"bits": 8, "zero": "fractional"}}, r"is Uniform\("),
+        ({"class_path": "Uniform", "init_args": {"bits": 8, "granularity": "channel"}}, r"is Uniform\("),
+    ],
+)
+def test_an_integer_norm_refuses_what_is_no_whole_number_of_steps(spec, found):
+    rules = [{"match": "blocks.0.attn_residual_quant", "spec": spec}]
+    with pytest.raises(QatError, match=rf"'blocks.0.norm2.output_quant': IntegerNorm reads whole numbers.*{found}"):
+        quantize(float_model("deit"), build_recipe("fq_vit_888", rules, w_bits=8, a_bits=8))
 
 
 @pytest.mark.parametrize("name", LINKED)

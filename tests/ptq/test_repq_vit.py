@@ -114,12 +114,29 @@ def test_a_recipe_without_zero_points_is_refused_by_name(rule):
         RepQViT()(quantize(float_model("deit"), rules), [images()])
 
 
-def test_constant_channels_are_guarded():
+@pytest.mark.parametrize("weight", [0.0, 1e-6, 1e-5])
+def test_dead_channels_are_guarded(weight):
     model = float_model("deit")
     with torch.no_grad():
-        model.blocks[0].norm1.weight[:3] = 0
+        model.blocks[0].norm1.weight[:3] = weight
         model.blocks[0].norm1.bias[:3] = torch.tensor([0.0, 0.5, -0.5])
     quantize(model, build_recipe("repq_vit", w_bits=4, a_bits=4))
     RepQViT()(model, [images(4)])
     assert all(quantizer.calibrated for _, quantizer in quantizers(model))
     assert model(images()).isfinite().all()
+    assert abs(float(model.blocks[0].attn.qkv.input_quant.zero_point)) < 16
+
+
+def test_windows_that_are_padded_are_refused_before_any_work():
+    model = quantize(float_model("swin_padded"), build_recipe("repq_vit", w_bits=4, a_bits=4))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(QatError, match="changed the float model"):
+        RepQViT()(model, [images(4)])
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) or value.isnan().all() for key, value in before.items())
+
+
+@pytest.mark.parametrize("shares", [[], [2.0], [0.3]])
+def test_shares_that_are_no_upper_ends_are_refused(shares):
+    with pytest.raises(QatError, match=r"give quantiles above 0\.5 and at most 1"):
+        RepQViT(shares)
