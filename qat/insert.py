@@ -165,14 +165,18 @@ class WeightSite(NamedTuple):
     quantizer: Quantizer
 
 
+def weights(model: nn.Module) -> Iterator[WeightSite]:
+    """Every quantised weight of a model."""
+    modules = dict(model.named_modules())
+    for name, quantizer in quantizers(model):
+        if not quantizer.layout.batched:
+            parent, _, site = name.rpartition(".")
+            yield WeightSite(name, getattr(modules[parent], site.removesuffix("_quant")), quantizer)
+
+
 def weight_sites(model: nn.Module, match: str = "*", max_bits: int = MAX_BITS) -> list[WeightSite]:
     """The quantised weights whose site matches a glob and has at most ``max_bits``; QatError when there are none."""
-    modules = dict(model.named_modules())
-    found = []
-    for name, quantizer in quantizers(model):
-        if not quantizer.layout.batched and fnmatchcase(name, match) and quantizer.spec.width <= max_bits:
-            parent, _, site = name.rpartition(".")
-            found.append(WeightSite(name, getattr(modules[parent], site.removesuffix("_quant")), quantizer))
+    found = [site for site in weights(model) if fnmatchcase(site.name, match) and site.quantizer.spec.width <= max_bits]
     if not found:
         raise QatError(
             f"no quantised weight of at most {max_bits} bits matches {match!r}; `qat describe` lists the sites"

@@ -41,21 +41,10 @@ class Trainer(L.Trainer):
         check_folder("--results_file", results_file)
         started = time.perf_counter()
         (metrics,) = super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        size = cost(model.model, model.preprocessing.size)  # calibration may have added to it
         calibrators = [c for c in self.callbacks if isinstance(c, Calibrate)]  # type: ignore[attr-defined]
         seconds = time.perf_counter() - started - sum(callback.seconds for callback in calibrators)
-        results = {
-            "top1": metrics["val/top1"],
-            "top5": metrics["val/top5"],
-            "loss": metrics["val/loss"],
-            "images": round(metrics["val/images"]),
-            "seconds": round(seconds, 2),
-            "model": model.card.arch,
-            "recipe": summary(model.model),
-            "size_mb": round(size.size_mb, 3),
-            "float_size_mb": round(size.float_size_mb, 3),
-            "calibration": model.calibration,
-        }
+        results = {key: metrics[f"val/{key}"] for key in ("top1", "top5", "loss")}
+        results |= {"images": round(metrics["val/images"]), "seconds": round(seconds, 2), **_about(model)}
         if self.is_global_zero:
             for line in _report(results):
                 Console().print(line, highlight=False, soft_wrap=True)
@@ -102,6 +91,18 @@ class Trainer(L.Trainer):
             soft_wrap=True,
         )
         return total
+
+
+def _about(model: QATModule) -> dict[str, Any]:
+    """What results say of the model itself."""
+    size = cost(model.model, model.preprocessing.size)
+    return {
+        "model": model.card.arch,
+        "recipe": summary(model.model),
+        "size_mb": round(size.size_mb, 3),
+        "float_size_mb": round(size.float_size_mb, 3),
+        "calibration": model.calibration,
+    }
 
 
 def _report(results: Mapping[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.insert import WeightSite, quantizers, switched_off
+from qat.insert import WeightSite, quantizers, switched_off, weights
 from qat.progress import Progress
 from qat.quantizers import Quantizer
 
@@ -62,17 +62,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def uncalibrated(model: nn.Module) -> tuple[list[WeightSite], dict[str, Quantizer]]:
     """The weights that are to be calibrated, and the activation sites by name; what is calibrated stays as it is."""
-    weights, activations = [], {}
-    for name, quantizer in quantizers(model):
-        if quantizer.calibrated:
-            continue
-        if quantizer.layout.batched:
-            activations[name] = quantizer
-        else:
-            parent, _, site = name.rpartition(".")
-            weight = getattr(model.get_submodule(parent), site.removesuffix("_quant"))
-            weights.append(WeightSite(name, weight, quantizer))
-    return weights, activations
+    todo = {name: quantizer for name, quantizer in quantizers(model) if not quantizer.calibrated}
+    return (
+        [site for site in weights(model) if site.name in todo],
+        {name: quantizer for name, quantizer in todo.items() if quantizer.layout.batched},
+    )
 
 
 def stream(

@@ -55,6 +55,7 @@ class OutputSearch(PTQMethod):
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Calibrate every site that is not calibrated yet; QatError for one that no image reaches."""
+        family_of(model).units(model)  # QatError, before any work, of a model that is no chain
         weights, activations = uncalibrated(model)
         for name, weight, quantizer in weights:
             _start(name, quantizer, quantizer.grouped(weight.float()))

@@ -125,7 +125,7 @@ def candidates(spec: Spec, samples: Tensor) -> Ranges:
     a constant ratio, so that a tensor with far outliers has as many candidates as one without.
     """
     low, high = samples.amin(1), samples.amax(1)
-    if not moves(spec):
+    if not getattr(spec, "movable", False):
         return shrunk(low, high, torch.logspace(0, 1, CANDIDATES, base=NARROWEST).tolist())
     shifts = min(SHIFTS, 2**spec.width)
     shares = torch.linspace(0, 1, CANDIDATES // shifts, device=low.device)[:, None]
@@ -134,16 +134,6 @@ def candidates(spec: Spec, samples: Tensor) -> Ranges:
     shift = torch.arange(shifts, device=low.device) - shifts // 2
     moved = (high - low)[:, None] / (2**spec.width - 1) * shift[:, None]  # (widths, shifts, G)
     return (low[:, None] + moved).flatten(0, 1), (high[:, None] + moved).flatten(0, 1)
-
-
-def moves(spec: Spec) -> bool:
-    """The codes may stand for a range that lies anywhere."""
-    return bool(getattr(spec, "offset", False)) or getattr(spec, "zero", "none") in (
-        "integer",
-        "code",
-        "clipped",
-        "fractional",
-    )
 
 
 @torch.no_grad()

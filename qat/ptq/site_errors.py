@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import log10
 from typing import Any
 
@@ -25,6 +26,16 @@ def site_errors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]
         batches: normalised images (B, 3, S, S).
     """
     sums: dict[str, Tensor] = {}
+    with undisturbed(model), torch.no_grad(), _summing(model, sums):
+        for images in batches:
+            model(images)
+    found = {name: sums[name].tolist() for name, _ in quantizers(model) if name in sums}
+    return {name: 10 * log10(signal / noise) for name, (signal, noise) in found.items() if signal and noise}
+
+
+@contextmanager
+def _summing(model: nn.Module, sums: dict[str, Tensor]) -> Iterator[None]:
+    """Add squares of signal and error (2,) of every site to ``sums`` inside the block."""
 
     def add(name: str, quantizer: Quantizer, args: tuple[Any, ...], out: Tensor) -> None:
         if not quantizer.layout.batched and name in sums:
@@ -38,14 +49,7 @@ def site_errors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]
         for name, quantizer in quantizers(model)
     ]
     try:
-        with undisturbed(model), torch.no_grad():
-            for images in batches:
-                model(images)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    found = {name: sums[name].tolist() for name, _ in quantizers(model) if name in sums}
-    return {
-        name: 10 * log10(signal / noise)
-        for name, (signal, noise) in found.items() if signal and noise
-    }  # fmt: skip

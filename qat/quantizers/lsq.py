@@ -58,6 +58,11 @@ class LSQ(Spec):
         if not 50 < self.percentile <= 100:
             raise QatError(f"percentile is {self.percentile}: give more than 50 and at most 100")
 
+    @property
+    def movable(self) -> bool:
+        """The range may lie anywhere."""
+        return self.offset
+
     def build(self, layout: Layout) -> LSQQuantizer:
         """The module; QatError when ``grad_scale: l1`` is asked of an activation."""
         if self.grad_scale == "l1" and layout.batched:

@@ -48,6 +48,11 @@ class Uniform(Spec):
             raise QatError("zero: fractional is defined for unsigned codes: leave signed out")
 
     @property
+    def movable(self) -> bool:
+        """The range may lie anywhere."""
+        return self.zero != "none"
+
+    @property
     def steps(self) -> int:
         """Steps between the two ends."""
         return int(2**self.width) - 1

@@ -369,3 +369,18 @@ def test_exp_of_the_worked_example_against_the_real_one():
     assert [exp(-5 / 16), exp(-24 / 16)] == pytest.approx([0.731615629, 0.22313016])
     E = softmax(1 / 16).exponentials(keys=197)
     assert (E[[5, 24]] / E[0]).tolist() == pytest.approx([0.731615629, 0.22313016], rel=5e-3)
+
+
+@torch.no_grad()
+def test_attention_times_values_is_shifts_of_integers():
+    """Sum of (V - z) << (15 - k) over the keys, in int64, is 2**15 times the product of the values (FQ-ViT, LIS)."""
+    generator = torch.Generator().manual_seed(4)
+    quantizer = LogIntSoftmax(4).build(Layout(0, 1, batched=True))
+    logits = torch.randn(3, 5, 197, generator=generator) * 4
+    quantizer.init_from(logits.reshape(1, -1))
+    codes = quantizer.encode(logits).long()
+    V = torch.randint(-255, 256, (3, 197, 8), generator=generator)  # code - zero of 8 bits
+    shifts = torch.where(codes == 15, 0, 1 << (15 - codes))  # the last code is zero
+    shifted = shifts @ V
+    assert shifted.abs().max() < 2**24  # 25 bits with the sign
+    assert torch.equal(shifted.double() / 2**15, quantizer.decode(codes.to(torch.uint8)).double() @ V.double())
