@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -128,6 +127,8 @@ class PeakMemory:
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
             self.megabytes = torch.cuda.max_memory_allocated(self.device) / 1e6
-        else:
+        elif sys.platform != "win32":
+            import resource  # Windows has none
+
             unit = 1 if sys.platform == "darwin" else 1024
             self.megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
