@@ -87,7 +87,16 @@ def measure(out: Path, family: str) -> dict[str, float]:
     for bits in WIDTHS:
         quantised = [*common, "--model.checkpoint", weights, "--model.w_bits", str(bits), "--model.a_bits", str(bits)]
         found[f"W{bits}A{bits} calibrated"] = run(
-            ["validate", "--config", str(ROOT / "configs/demo/qat.yaml"), *quantised, "--model.teacher", "null"]
+            [
+                "validate",
+                "--config",
+                str(ROOT / "configs/demo/qat.yaml"),
+                *quantised,
+                "--model.teacher",
+                "null",
+                "--runs",
+                str(out / "calibrated"),
+            ]
         )
         teacher = ["--model.teacher", FAMILIES[family].arch, "--model.teacher_checkpoint", weights]
         found[f"W{bits}A{bits} trained"] = fit(out, f"{family}_w{bits}a{bits}", "qat", [*quantised, *teacher])

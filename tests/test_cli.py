@@ -170,7 +170,19 @@ class TestValidate:
         args = ["--data.root", str(images), "--data.workers", "0", "--results_file", str(out)]
         assert main(["validate", "--ckpt", str(ckpt), *args]) == 0
         results = json.loads(out.read_text())
-        assert set(results) == {"top1", "top5", "loss", "images", "seconds", "model", "recipe"}
+        known = {
+            "top1",
+            "top5",
+            "loss",
+            "images",
+            "seconds",
+            "model",
+            "recipe",
+            "size_mb",
+            "float_size_mb",
+            "calibration",
+        }
+        assert set(results) == known
         assert results["images"] == 12
         assert results["model"] == "deit_tiny_patch16_224"
         assert "at 4 bit" in results["recipe"]

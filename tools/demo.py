@@ -57,7 +57,8 @@ class Demo:
     def top1(self, name: str, *options: object) -> float:
         """Evaluate on the 360 validation images, in percent."""
         results = self.out / f"{name}.json"
-        qat("validate", *options, "--data.root", self.out / "data", "--results_file", results)
+        where = ("--data.root", self.out / "data", "--runs", self.out / "runs", "--name", name)
+        qat("validate", *options, *where, "--results_file", results)
         return float(json.loads(results.read_text())["top1"])
 
     def float_model(self) -> tuple[Path, Row]:

@@ -51,8 +51,8 @@ class QuantLinear(nn.Module):
         return out
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Float weights have no bias here: it is zero then. Those of a calibrated layer must have it."""
-        if self.born_bias and f"{prefix}weight_quant.step" not in state_dict:
+        """A bias that the file lacks is zero, unless a zero point may have been moved there."""
+        if self.born_bias and f"{prefix}input_quant.zero_point" not in state_dict:
             state_dict.setdefault(f"{prefix}bias", torch.zeros_like(self.bias))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
