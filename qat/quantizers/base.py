@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from qat.recipe import Layout, Spec
 
+MIN_STEP = 1e-6  # keeps v finite; far below any step that is worth having
+
 
 class FloatSite(nn.Identity):
     """A site that no rule quantises: the tensor passes through."""
@@ -58,9 +60,10 @@ class Quantizer(nn.Module, ABC):
         """What ``forward`` approximates; its error is measured against it."""
         return x
 
-    @abstractmethod
+    @torch.no_grad()
     def project_(self) -> None:
-        """Move the parameters back to legal values after an optimiser step."""
+        """Move the parameters back to legal values after an optimiser step: keep the step positive."""
+        self.step.clamp_(min=MIN_STEP)
 
     def compile_(self) -> None:
         """Use compiled arithmetic from now on; a quantizer that has none stays as it is."""

@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers.base import Quantizer
-from qat.quantizers.lsq import MIN_STEP
 from qat.recipe import Layout, Spec
 
 Form = Literal["single", "half"]
@@ -106,11 +105,6 @@ class BitLog2Quantizer(Quantizer):
     def init_from(self, samples: Tensor) -> None:
         """The divisor with the smallest squared error on the samples (G, n)."""
         self.step.copy_(1 / best_divisor(samples, self.spec))
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Keep the step positive."""
-        self.step.clamp_(min=MIN_STEP)
 
 
 def scaled_floor(x: Tensor, spec: BitLog2) -> Tensor:

@@ -27,8 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import kernels
-from qat.quantizers.base import Quantizer
-from qat.quantizers.lsq import MIN_STEP
+from qat.quantizers.base import MIN_STEP, Quantizer
 from qat.recipe import Layout, Spec
 
 Zero = Literal["last", "extra", "rounded"]
@@ -112,11 +111,6 @@ class LogSqrt2Quantizer(Quantizer):
     def set_range_(self, low: Tensor, high: Tensor) -> None:
         """Code 0 stands for ``high`` (G,); the smallest value follows from it."""
         self.step.copy_(high.clamp(min=MIN_STEP))
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Keep the step positive."""
-        self.step.clamp_(min=MIN_STEP)
 
 
 def roots(x: Tensor, step: Tensor, spec: LogSqrt2) -> Tensor:

@@ -23,13 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import fitting, kernels
-from qat.quantizers.base import Quantizer
+from qat.quantizers.base import MIN_STEP, Quantizer
 from qat.quantizers.kernels import Bound, Kernels
 from qat.recipe import Layout, Spec
 
 GradScale = Literal["l1", "numel", "vvtq_act", "none"]
 Init = Literal["mse", "lsq", "lsq_plus", "percentile"]
-MIN_STEP = 1e-6  # keeps v finite; far below any step that is worth having
 
 
 @dataclass(frozen=True)
@@ -145,11 +144,6 @@ class LSQQuantizer(Quantizer):
         self.step.copy_(step.clamp(min=MIN_STEP))
         if self.offset is not None:
             self.offset.copy_(offset)
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Keep the step positive."""
-        self.step.clamp_(min=MIN_STEP)
 
 
 class FakeQuantize(torch.autograd.Function):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from qat.errors import QatError
 from qat.quantizers import kernels
-from qat.quantizers.base import Quantizer
-from qat.quantizers.lsq import MIN_STEP, FakeQuantize
+from qat.quantizers.base import MIN_STEP, Quantizer
+from qat.quantizers.lsq import FakeQuantize
 from qat.recipe import Granularity, Layout, Spec
 
 Zero = Literal["code", "clipped"]
@@ -143,8 +143,3 @@ class PTFQuantizer(Quantizer):
             values = kernels.values(samples, step, None, *self.bounds)
             errors.append(values.sub_(samples).square_().mean(1))
         self.shift.copy_(torch.stack(errors).argmin(0))
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Keep the step positive."""
-        self.step.clamp_(min=MIN_STEP)

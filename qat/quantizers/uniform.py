@@ -17,9 +17,9 @@ from torch import Tensor
 
 from qat.errors import QatError
 from qat.quantizers import kernels
-from qat.quantizers.base import Quantizer
+from qat.quantizers.base import MIN_STEP, Quantizer
 from qat.quantizers.kernels import Bound
-from qat.quantizers.lsq import MIN_STEP, FakeQuantize
+from qat.quantizers.lsq import FakeQuantize
 from qat.recipe import Layout, Spec
 
 NARROW = 2**-10
@@ -136,11 +136,6 @@ class UniformQuantizer(Quantizer):
         step, zero = self.spec.from_range(low, high)
         self.step.copy_(step)
         self.zero_point.copy_(zero)
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Keep the step positive."""
-        self.step.clamp_(min=MIN_STEP)
 
 
 class FractionalQuantizer(UniformQuantizer):

@@ -60,12 +60,16 @@ def test_no_norm_before_a_linear_layer_is_forgotten(name):
 def test_any_ratio_and_shift_leave_the_function_as_it_is(name):
     model, links = linked(name)
     generator = torch.Generator().manual_seed(3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = model(images())
     with same_function(model, images()):
         for link in links:
             if link.linear is not None:
                 C = model.get_submodule(link.linear).in_features
                 ratio = torch.rand(C, generator=generator) + 0.5
                 fold(model, link, ratio, torch.randn(C, generator=generator))
+                assert not torch.equal(model.state_dict()[f"{link.linear}.weight"], before[f"{link.linear}.weight"])
+    assert (model(images()) - expected).norm() <= 1e-4 * expected.norm()
 
 
 @torch.no_grad()
