@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py --out ablation_out        -> 15 minutes on 2 cores; finished runs are not run again
 
-Trains the float model of `make demo` once, then quantises it with every arm and seed through `qat fit`, and prints the
+Trains the float model of `make demo` once, then quantizes it with every arm and seed through `qat fit`, and prints the
 mean and the spread (standard deviation over seeds) of top-1, of the training loss at the end, and of the share of
 low-bit weights that oscillate. Arms of the first group add up to per-head steps, and each of the last three adds one
 thing to that; arms of the second group change the gain of the step gradients under AdamW.
@@ -81,7 +81,7 @@ ARMS: dict[str, tuple[Options, list[Options]]] = {  # options of the model, call
 
 def train(out: Path, arm: str, seed: int, weights: Path) -> Options:
     """One run, or what an earlier one found."""
-    from qat.cli import run
+    from qat.cli.main import run
 
     result = out / "results" / f"{list(ARMS).index(arm)}_{seed}.json"
     if not result.is_file():
@@ -114,7 +114,7 @@ def float_weights(out: Path) -> Path:
     """The checkpoint of the float model, trained when there is none."""
     import digits
 
-    from qat.cli import run
+    from qat.cli.main import run
 
     found = sorted((out / "runs/float").glob("*/last.ckpt"))
     if not found:

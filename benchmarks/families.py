@@ -1,8 +1,8 @@
-"""Every model family on handwritten digits: a small float model of each, quantised at W3A3 and W2A2.
+"""Every model family on handwritten digits: a small float model of each, quantized at W3A3 and W2A2.
 
     python benchmarks/families.py --out families_out        -> 20 minutes on 2 cores; finished runs are not run again
 
-Float models train as configs/demo/float.yaml says and quantised ones as configs/demo/qat.yaml, with the float model as
+Float models train as configs/demo/float.yaml says and quantized ones as configs/demo/qat.yaml, with the float model as
 their teacher; only architecture and image size differ. One seed; 360 validation images, so one image is 0.28 points.
 """
 
@@ -64,7 +64,7 @@ def last(out: Path, name: str) -> Path | None:
 
 def run(words: list[str]) -> float:
     """Top-1 of the validation that ends a command."""
-    from qat.cli import run as command
+    from qat.cli.main import run as command
 
     return float(command(words).trainer.callback_metrics["val/top1"])
 
@@ -85,13 +85,13 @@ def measure(out: Path, family: str) -> dict[str, float]:
     found = {"float": fit(out, f"{family}_float", "float", common)}
     weights = str(last(out, f"{family}_float"))
     for bits in WIDTHS:
-        quantised = [*common, "--model.checkpoint", weights, "--model.w_bits", str(bits), "--model.a_bits", str(bits)]
+        quantized = [*common, "--model.checkpoint", weights, "--model.w_bits", str(bits), "--model.a_bits", str(bits)]
         found[f"W{bits}A{bits} calibrated"] = run(
             [
                 "validate",
                 "--config",
                 str(ROOT / "configs/demo/qat.yaml"),
-                *quantised,
+                *quantized,
                 "--model.teacher",
                 "null",
                 "--runs",
@@ -99,7 +99,7 @@ def measure(out: Path, family: str) -> dict[str, float]:
             ]
         )
         teacher = ["--model.teacher", FAMILIES[family].arch, "--model.teacher_checkpoint", weights]
-        found[f"W{bits}A{bits} trained"] = fit(out, f"{family}_w{bits}a{bits}", "qat", [*quantised, *teacher])
+        found[f"W{bits}A{bits} trained"] = fit(out, f"{family}_w{bits}a{bits}", "qat", [*quantized, *teacher])
     return found
 
 

@@ -5,7 +5,7 @@
 
 A case is calibrated on images of DIR/train and evaluated on all of DIR/val, in a process of its own, so that its peak
 memory is its own. What is in OUT is not run again. Evaluation is compared within one process: the same batches through
-the float and the quantised model in turn, median of the ratios. Top-1 is what `qat validate` prints.
+the float and the quantized model in turn, median of the ratios. Top-1 is what `qat validate` prints.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from qat import build_float, build_recipe, quantize
 from qat.callbacks.calibrate import PeakMemory
-from qat.data import ImageNetDataModule
-from qat.describe import summary
+from qat.data.imagenet import ImageNetDataModule
 from qat.models import default_preprocessing
 from qat.ptq import InitSteps, Observe, OutputSearch, PTQMethod, RepQViT
+from qat.sites.describe import summary
 
 BATCH = 50
 ROUNDS = 2  # of the comparison with float

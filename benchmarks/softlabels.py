@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from qat.data import ImageNetDataModule
-from qat.data.crops import CropLaw, draw, rng_for
+from qat.data.crops import CropLaw, draw
 from qat.data.folder import class_names, find_images
-from qat.data.labelreader import SoftLabels, chosen, recover
-from qat.data.labelwriter import Writer
-from qat.data.softlabels import Header, Row, create, sha256_of
+from qat.data.imagenet import ImageNetDataModule
+from qat.data.softlabels.reader import SoftLabels, chosen, recover
+from qat.data.softlabels.store import Header, Row, create, sha256_of
+from qat.data.softlabels.writer import Writer
+from qat.data.streams import rng_for
 
 ROWS, CROPS, TOP_K, CLASSES = 20_000, 500, 5, 1_000
 READS, WORKERS, RUNS, BATCH, PASSES = 20_000, 2, 5, 64, 2
@@ -116,7 +117,7 @@ def ours(root: Path, labels: Path, crops: int) -> Callable[[], Iterator[int]]:
 
 
 def plain(root: Path) -> Callable[[], Iterator[int]]:
-    """Crops per batch of torchvision: one crop per decoded image, not even normalised."""
+    """Crops per batch of torchvision: one crop per decoded image, not even normalized."""
     steps = [transforms.RandomResizedCrop(224, LAW.scale), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
     images = ImageFolder(str(root / "train"), transforms.Compose(steps))
     loader = DataLoader(images, BATCH, shuffle=True, num_workers=WORKERS)

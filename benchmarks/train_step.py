@@ -1,16 +1,16 @@
-"""Seconds and memory of a quantised training step, over those of the float step of plain timm.
+"""Seconds and memory of a quantized training step, over those of the float step of plain timm.
 
     python benchmarks/train_step.py                -> CPU and, where there is one, GPU (float32 and bfloat16 autocast)
     python benchmarks/train_step.py --blocks       -> also with every block compiled as a whole: minutes on a CPU
 
-A step is what `qat fit` does with a batch that is on the device: normalise uint8 crops, forward, cross-entropy with
+A step is what `qat fit` does with a batch that is on the device: normalize uint8 crops, forward, cross-entropy with
 labels, backward, AdamW, `project_`. The float step is the same with timm's own model and its fused attention. All
 variants run in turn, in one process, on one batch; the median of their times is reported. The ratio is the figure of
 merit: a time depends on the machine and its load, a ratio within one run far less.
 
 Memory on a GPU is the peak that the allocator reports during one step, everything included. On a CPU it is what the
 forward pass allocates and does not free, as the profiler counts it: what is kept for backward. That is what grows with
-the batch and what quantisation changes; weights, gradients and optimizer state are the same for both.
+the batch and what quantization changes; weights, gradients and optimizer state are the same for both.
 
 Shapes: B crops of S x S pixels, C classes.
 """
@@ -34,11 +34,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from qat.data.images import Batch
-from qat.insert import quantizers
-from qat.losses import cross_entropy
-from qat.module import QATModule
 from qat.ptq import InitSteps
-from qat.regularizers import BinRegularizer
+from qat.sites.insert import quantizers
+from qat.training.losses import cross_entropy
+from qat.training.module import QATModule
+from qat.training.regularizers import BinRegularizer
 
 WARM_UP = 2
 Row = tuple[float, int, float]
@@ -49,20 +49,20 @@ class Variant:
     """What the model of a step is."""
 
     name: str
-    quantised: bool = True
+    quantized: bool = True
     compiled: bool = False  # the arithmetic of the quantizers, as with model.compile
     blocks: bool = False  # every block as a whole, by torch.compile
     regularized: bool = False
 
 
 VARIANTS = (
-    Variant("float", quantised=False),
-    Variant("quantised"),
-    Variant("quantised, regularizer", regularized=True),
+    Variant("float", quantized=False),
+    Variant("quantized"),
+    Variant("quantized, regularizer", regularized=True),
     Variant("compiled", compiled=True),
     Variant("compiled, regularizer", compiled=True, regularized=True),
 )
-BLOCKS = (Variant("float, blocks", quantised=False, blocks=True), Variant("quantised, blocks", blocks=True))
+BLOCKS = (Variant("float, blocks", quantized=False, blocks=True), Variant("quantized, blocks", blocks=True))
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Step:
     """One training step of a module on one synthetic batch.
 
     Args:
-        module: float, or quantised and not yet calibrated.
+        module: float, or quantized and not yet calibrated.
         batch: crops on the device.
         dtype: of autocast; float32 leaves it off.
         variant: what is on.
@@ -179,7 +179,7 @@ def main() -> None:
 
 def read_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time and memory of a quantised training step, over the float step.")
+    parser = argparse.ArgumentParser(description="Time and memory of a quantized training step, over the float step.")
     parser.add_argument("--batch", type=int, default=16, help="crops in a step (16)")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each variant (7)")
     parser.add_argument("--bits", type=int, default=4, help="width of weights and activations (4)")
@@ -201,7 +201,7 @@ def maker(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Calla
 
     def make(variant: Variant) -> Step:
         torch.manual_seed(0)
-        bits = {"recipe": "vvtq", "w_bits": options.bits, "a_bits": options.bits} if variant.quantised else {}
+        bits = {"recipe": "vvtq", "w_bits": options.bits, "a_bits": options.bits} if variant.quantized else {}
         module = QATModule(arch=options.model, checkpoint=None, compile=variant.compiled, **bits)
         size, classes = module.preprocessing.size, module.card.num_classes
         generator = torch.Generator().manual_seed(0)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qat.checkpoint import load as load
-    from qat.insert import quantize as quantize
     from qat.models import build_float as build_float
     from qat.ptq import calibrate as calibrate
     from qat.recipe import build_recipe as build_recipe
+    from qat.sites.insert import quantize as quantize
 
 __version__ = "0.1.0"
 __all__ = ["build_float", "build_recipe", "calibrate", "load", "quantize"]
@@ -20,7 +20,7 @@ _HOMES = {
     "build_recipe": "qat.recipe",
     "calibrate": "qat.ptq",
     "load": "qat.checkpoint",
-    "quantize": "qat.insert",
+    "quantize": "qat.sites.insert",
 }
 
 

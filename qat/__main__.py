@@ -1,5 +1,5 @@
 """`python -m qat` and `torchrun -m qat`: the same as the command `qat`."""
 
-from qat.cli import console
+from qat.cli.main import console
 
 console()

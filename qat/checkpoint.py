@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError, first_line
-from qat.insert import quantize
 from qat.models import build_float
 from qat.recipe import Rule
+from qat.sites.insert import quantize
 
 KEY = "qat"
 FORMAT = 1
@@ -53,7 +53,7 @@ class Card:
         return cls(**{field.name: stored[field.name] for field in fields(cls)})
 
     def build(self) -> nn.Module:
-        """The quantised model with random weights and uncalibrated steps."""
+        """The quantized model with random weights and uncalibrated steps."""
         model = build_float(self.arch, None, self.num_classes, self.model_args)
         return quantize(model, [Rule.from_dict(rule) for rule in self.rules]) if self.rules else model
 
@@ -93,7 +93,7 @@ def read(path: str | Path, option: str = "--ckpt") -> tuple[Card, dict[str, Any]
         raise QatError(f"cannot read the checkpoint {path}: {first_line(error)}") from None
     if not isinstance(content, dict) or KEY not in content:
         raise QatError(
-            f"{path} does not describe a quantised model, so it was not written by qat; "
+            f"{path} does not describe a quantized model, so it was not written by qat; "
             "float weights are given as --model.checkpoint FILE"
         )
     return Card.from_dict(content[KEY], str(path)), content
@@ -128,7 +128,7 @@ def find_card(path: str | Path) -> Card | None:
 
 
 def load(path: str | Path) -> nn.Module:
-    """The quantised model of a checkpoint, in evaluation mode, on the CPU, from this one file alone."""
+    """The quantized model of a checkpoint, in evaluation mode, on the CPU, from this one file alone."""
     card, content = read(path)
     model = card.build()
     model.load_state_dict(_weights(content), strict=True)

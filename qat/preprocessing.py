@@ -17,7 +17,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Evaluation transform and normalisation of one model.
+    """Evaluation transform and normalization of one model.
 
     Args:
         size: side of the square input, pixels.

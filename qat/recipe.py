@@ -1,4 +1,4 @@
-"""The recipe: which site is quantised, and how. One ordered table of rules; the last rule that matches a site wins.
+"""The recipe: which site is quantized, and how. One ordered table of rules; the last rule that matches a site wins.
 
 A rule is written the same way in YAML, on the command line, in Python and in a checkpoint::
 
@@ -8,7 +8,7 @@ A rule is written the same way in YAML, on the command line, in Python and in a 
 In the file of a recipe, ``{recipe: repq_vit}`` stands for all rules of another one.
 
 ``bits`` is an integer or the word ``w_bits`` or ``a_bits``, filled from the options of that name.
-Nothing here needs torch: a recipe can be read, resolved and compared without building a model.
+A recipe can be read, resolved and compared without building a model.
 """
 
 from __future__ import annotations
@@ -20,99 +20,12 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any
 
 import yaml
 
 from qat.errors import QatError
-
-Granularity = Literal["tensor", "channel", "head", "qkv"]
-Width = Literal["w_bits", "a_bits"]
-MIN_BITS, MAX_BITS = 2, 16
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the tensor of one site is cut into groups that share a step.
-
-    Args:
-        axis: the axis that is cut; it may count from the end.
-        groups: number of equal, contiguous pieces along ``axis``; 1 is per-tensor.
-        batched: the first axis is the batch (activations) and not a part of the tensor (weights).
-    """
-
-    axis: int
-    groups: int
-    batched: bool
-
-
-@dataclass(frozen=True)
-class Spec:
-    """How one site is quantised; a subclass names the quantizer and adds its own options.
-
-    Args:
-        bits: width of a code, 2 to 16, or the word ``w_bits`` / ``a_bits`` until the recipe is filled.
-        signed: codes run from ``-2**(bits-1)``; otherwise from 0.
-        granularity: what shares a step: the whole ``tensor``, a ``channel``, a ``head``, or each of q, k, v (``qkv``).
-    """
-
-    bits: int | Width
-    signed: bool = True
-    granularity: Granularity = "tensor"
-
-    kinds: ClassVar[dict[str, type[Spec]]] = {}
-
-    def __init_subclass__(cls) -> None:
-        if cls.__module__.startswith("qat."):  # others are named by their dotted path, and cannot shadow ours
-            Spec.kinds[cls.__name__] = cls
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("bool", bool) and not isinstance(value, bool):
-                raise QatError(f"{field.name} is {value!r}: give true or false")
-            if field.type in ("float", float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise QatError(f"{field.name} is {value!r}: give a number")
-        number = isinstance(self.bits, int) and not isinstance(self.bits, bool) and MIN_BITS <= self.bits <= MAX_BITS
-        if not number and self.bits not in get_args(Width):
-            raise QatError(f"bits is {self.bits!r}: give {MIN_BITS} to {MAX_BITS}, or the word w_bits or a_bits")
-        self.check_choice("granularity", Granularity)
-
-    def check_choice(self, field: str, choices: Any) -> None:
-        """Raise QatError unless the value of ``field`` is among the literals of ``choices``."""
-        if getattr(self, field) not in get_args(choices):
-            raise QatError(f"{field} is {getattr(self, field)!r}: choose from {', '.join(get_args(choices))}")
-
-    @property
-    def width(self) -> int:
-        """The width as an integer; QatError while it is still a word."""
-        if not isinstance(self.bits, int):
-            raise QatError(f"bits is still the word {self.bits!r}: fill the recipe with a value for it")
-        return self.bits
-
-    @property
-    def levels(self) -> int:
-        """How many codes exist; ``2**bits`` unless a subclass declares otherwise."""
-        return int(2**self.width)
-
-    @property
-    def qmin(self) -> int:
-        """The smallest code."""
-        return int(-(2 ** (self.width - 1))) if self.signed else 0
-
-    @property
-    def qmax(self) -> int:
-        """The largest code."""
-        return self.qmin + self.levels - 1
-
-    def build(self, layout: Layout) -> Any:
-        """The ``Quantizer`` of this spec (typed loosely: quantizers stand above the recipe)."""
-        raise NotImplementedError
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that `spec_from_dict` reads back: what a checkpoint stores."""
-        path = type(self).__name__ if type(self).__module__.startswith("qat.") else _dotted(type(self))
-        return {"class_path": path, "init_args": {f.name: getattr(self, f.name) for f in fields(self)}}
+from qat.quantizers import Spec
 
 
 @dataclass(frozen=True)
@@ -227,7 +140,6 @@ def spec_from_dict(spec: Any) -> Spec:
 
 
 def _find_kind(class_path: Any) -> type[Spec]:
-    importlib.import_module("qat.quantizers")  # registers the quantizers that come with the package
     if not isinstance(class_path, str):
         raise QatError(f"class_path is {class_path!r}: give the name of a quantizer class")
     if class_path not in Spec.kinds and "." in class_path:
@@ -261,7 +173,3 @@ def _fill(rule: Rule, given: Mapping[str, int | None]) -> Rule:
         return replace(rule, spec=replace(rule.spec, bits=bits))
     except QatError as error:
         raise QatError(f"model.{rule.spec.bits}: {error}") from None
-
-
-def _dotted(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from qat.cli import QatCLI, run
-from qat.module import QATModule
+from qat.cli.main import QatCLI, run
+from qat.training.module import QATModule
 from tools.make_softlabels import main as make_softlabels
 
 # one thread per worker: two workers with two threads each on two cores wait for each other most of the time

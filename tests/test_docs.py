@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qat.cli import main
-from qat.insert import quantizers
+from qat.cli.main import main
 from qat.models import build_float
+from qat.sites.insert import quantizers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

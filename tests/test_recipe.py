@@ -9,7 +9,8 @@ import yaml
 
 from qat.errors import QatError
 from qat.quantizers import LSQ
-from qat.recipe import Rule, Spec, build_recipe, read_rules, resolve, spec_from_dict
+from qat.quantizers.spec import Spec
+from qat.recipe import Rule, build_recipe, read_rules, resolve, spec_from_dict
 
 LSQ4 = {"class_path": "LSQ", "init_args": {"bits": 4}}
 NAMED = sorted(Path(entry.name).stem for entry in resources.files("qat.recipes").iterdir() if ".yaml" in entry.name)

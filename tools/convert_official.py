@@ -4,8 +4,8 @@
     python tools/convert_official.py model_best.pth.tar vvtq_deit_t_w4a4.ckpt
 
 Float weights, official or with the split projections of VVTQ, become a .safetensors file for `--model.checkpoint`.
-A quantised model of VVTQ becomes a .ckpt file that describes itself, for `qat validate --ckpt` and `qat.load`; it has
-no state of an optimiser, so a run cannot go on from it. What does not fit exactly is refused, and nothing is written.
+A quantized model of VVTQ becomes a .ckpt file that describes itself, for `qat validate --ckpt` and `qat.load`; it has
+no state of an optimizer, so a run cannot go on from it. What does not fit exactly is refused, and nothing is written.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from qat.official import Converted, ReductionBits, convert
 log = logging.getLogger(__name__)
 CONTAINERS = ("model", "state_dict")  # of float weights, and of VVTQ
 MODULE = "module."  # put there by (Distributed)DataParallel
-REDUCTION_HELP = "of a quantised Swin, which may have other than 8 bits where patches are merged: trained keeps them"
-PERMUTATION_HELP = "order of tokens in a quantised SReT: portable (default), identity, or a seed"
+REDUCTION_HELP = "of a quantized Swin, which may have other than 8 bits where patches are merged: trained keeps them"
+PERMUTATION_HELP = "order of tokens in a quantized SReT: portable (default), identity, or a seed"
 LIGHTNING = {"pytorch-lightning_version": "2.5.0"}  # asked of every file that is validated; the oldest that qat allows
 
 
@@ -89,7 +89,7 @@ def check_output(output: Path, source: Path, force: bool) -> None:
 def write(converted: Converted, output: Path) -> None:
     """Write the file, complete or not at all; QatError for a suffix that qat would not read it by."""
     card = converted.card
-    suffix, kind = (".ckpt", "quantised") if card else (".safetensors", "float")
+    suffix, kind = (".ckpt", "quantized") if card else (".safetensors", "float")
     if output.suffix != suffix:
         raise QatError(f"OUTPUT is {output}, but the model is {kind}: give a name that ends in {suffix}")
     part = output.with_name(f"{output.name}.part")
@@ -131,7 +131,7 @@ def main() -> None:
     """Read the command line and convert."""
     parser = argparse.ArgumentParser(description="Convert an official checkpoint for qat.")
     parser.add_argument("input", type=Path, help="official .pth or .pth.tar file")
-    parser.add_argument("output", type=Path, help=".safetensors for float weights, .ckpt for a quantised model")
+    parser.add_argument("output", type=Path, help=".safetensors for float weights, .ckpt for a quantized model")
     parser.add_argument("--arch", help="timm name of the model; told by names and sizes when left out")
     parser.add_argument("--reduction_bits", choices=get_args(ReductionBits), default="8", help=REDUCTION_HELP)
     parser.add_argument("--eval_permutation", type=permutation, help=PERMUTATION_HELP)

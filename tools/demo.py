@@ -67,8 +67,8 @@ class Demo:
         ckpt = self.fit("float", "--config", CONFIGS / "float.yaml")
         return ckpt, trained("float", self.top1("float", "--ckpt", ckpt), ckpt)
 
-    def quantised(self, bits: int, weights: Path) -> tuple[Row, Row]:
-        """Calibrate the float model only; then train it quantised, with itself as the teacher."""
+    def quantized(self, bits: int, weights: Path) -> tuple[Row, Row]:
+        """Calibrate the float model only; then train it quantized, with itself as the teacher."""
         name = f"w{bits}a{bits}"
         model = ("--config", CONFIGS / "qat.yaml", "--model.checkpoint", weights)
         model += ("--model.w_bits", bits, "--model.a_bits", bits)
@@ -83,7 +83,7 @@ class Demo:
 
 def qat(*options: object) -> None:
     """Print a command, then run it; SystemExit when it fails."""
-    from qat.cli import main
+    from qat.cli.main import main
 
     words = [str(option) for option in options]
     show("qat", *words)
@@ -104,7 +104,7 @@ def title(text: str) -> None:
 def trained(model: str, top1: float, ckpt: Path) -> Row:
     """The row of a model that has a checkpoint."""
     from qat import checkpoint
-    from qat.describe import cost
+    from qat.sites.describe import cost
 
     card, _ = checkpoint.read(ckpt)
     packed = cost(checkpoint.load(ckpt), card.preprocessing["size"]).size_mb
@@ -135,7 +135,7 @@ def run(demo: Demo) -> int:
     weights, row = demo.float_model()
     rows = [row]
     for bits in BITS:
-        rows += demo.quantised(bits, weights)
+        rows += demo.quantized(bits, weights)
     title("Result")
     console.print(table(rows))
     before, after = rows[-2:]
@@ -148,7 +148,7 @@ def run(demo: Demo) -> int:
 
 def main() -> None:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(description="Quantise a small vision transformer on handwritten digits.")
+    parser = argparse.ArgumentParser(description="Quantize a small vision transformer on handwritten digits.")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything (demo_out)")
     parser.add_argument("--quick", action="store_true", help="one short pass per training, to try the path")
     args = parser.parse_args()

@@ -18,15 +18,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qat.cli.tool import run_tool
 from qat.data.crops import CropLaw
-from qat.data.fkd import LABEL_TYPES, LabelFolder, class_folder
 from qat.data.folder import class_names, find_images
-from qat.data.labelwriter import Writer
-from qat.data.softlabels import Header, open_store, sha256_of
-from qat.labelplan import SPLIT, Folder, check_out, prepare
+from qat.data.softlabels.fkd import LABEL_TYPES, LabelFolder, class_folder
+from qat.data.softlabels.store import Header, open_store, sha256_of
+from qat.data.softlabels.writer import Writer
+from qat.labeling.plan import SPLIT, Folder, check_out, prepare
 from qat.preprocessing import Preprocessing
 from qat.progress import Progress
-from qat.tool import run_tool
 
 log = logging.getLogger(__name__)
 UNKNOWN: dict[str, Any] = {"teacher_sha256": "", "seed": -1, "batch_size": 0, "precision": "unknown"}  # not in a set
@@ -45,7 +45,7 @@ class Options:
         trust_pickles: read files that could run code; only for those of people you trust.
         teacher_input_size: side of the crops that the teacher saw, pixels.
         interpolation: how they were resized: nearest, bilinear or bicubic.
-        mean: that the teacher's input was normalised with, per channel.
+        mean: that the teacher's input was normalized with, per channel.
         std: likewise.
         temperature: that logits were divided by.
         crop_scale: lowest and highest area of a crop, as a part of the image.

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 
-from qat.labeling import make_softlabels
-from qat.labelplan import Options
-from qat.tool import run_tool
+from qat.cli.tool import run_tool
+from qat.labeling.make import make_softlabels
+from qat.labeling.plan import Options
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ def curve(folder: Path, column: str) -> tuple[list[int], list[float]]:
 
 
 def plot(folders: list[Path], out: Path) -> None:
-    """Training loss (left) and validation top-1 (right) over optimiser steps."""
+    """Training loss (left) and validation top-1 (right) over optimizer steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,8 +38,8 @@ def plot(folders: list[Path], out: Path) -> None:
         (line,) = left.plot(steps[window - 1 :], smooth, label=folder.parent.name)
         left.plot(steps, losses, color=line.get_color(), alpha=0.2, linewidth=0.8)
         right.plot(*curve(folder, "val/top1"), "o-", label=folder.parent.name)
-    left.set(xlabel="optimiser step", ylabel="training loss (soft cross-entropy)")
-    right.set(xlabel="optimiser step", ylabel="validation top-1, %")
+    left.set(xlabel="optimizer step", ylabel="training loss (soft cross-entropy)")
+    right.set(xlabel="optimizer step", ylabel="validation top-1, %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()

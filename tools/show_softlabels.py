@@ -21,8 +21,8 @@ from torch import Tensor
 from qat.data.crops import Crop, replay
 from qat.data.decode import decode, reason
 from qat.data.folder import class_names, find_images, wnids
-from qat.data.labelreader import SoftLabels, check_size, recover
-from qat.data.softlabels import Row
+from qat.data.softlabels.reader import SoftLabels, check_size, recover
+from qat.data.softlabels.store import Row
 from qat.errors import QatError
 
 CROPS, TOP, SIZE = 6, 5, 224  # at most: crops, classes of each; side of a crop, pixels

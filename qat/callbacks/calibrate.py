@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from qat.data import ImageNetDataModule
+from qat.data.imagenet import ImageNetDataModule
 from qat.errors import QatError
-from qat.insert import quantizers, raise_for_uncalibrated
-from qat.module import QATModule
 from qat.ptq import InitSteps, PTQMethod, site_errors
-from qat.runs import CALIBRATED
+from qat.runs.folder import CALIBRATED
+from qat.sites.insert import quantizers, raise_for_uncalibrated
+from qat.training.module import QATModule
 
 log = logging.getLogger(__name__)
 MEASURED = 32  # images on which the error of every site is measured
@@ -30,7 +30,7 @@ class Calibrate(L.Callback):
     """Fills every quantizer with a `PTQMethod` on training images, before training, validation or prediction.
 
     It runs in ``setup``: after the data is known, before a checkpoint is restored, before DDP wraps the model and
-    before the optimiser exists. Sites that are calibrated already are left alone. What comes out is measured site by
+    before the optimizer exists. Sites that are calibrated already are left alone. What comes out is measured site by
     site and saved as ptq.ckpt, a checkpoint that describes itself.
 
     Args:
@@ -93,7 +93,7 @@ class Calibrate(L.Callback):
 
 @dataclass(frozen=True)
 class Batches:
-    """Normalised training images (b, 3, S, S) on the device of the module, read batch by batch, as often as asked."""
+    """Normalized training images (b, 3, S, S) on the device of the module, read batch by batch, as often as asked."""
 
     module: QATModule
     datamodule: ImageNetDataModule

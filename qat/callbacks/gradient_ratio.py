@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qat.errors import QatError
-from qat.module import QATModule
+from qat.training.module import QATModule
 
 
 class GradientRatio(L.Callback):
     """Logs ``train/<regularizer>_gradient_ratio``: the norm of its gradient over that of the main loss.
 
-    Both norms are taken over the weights that it regularises, before clipping. A ratio of 1e-4 says that the
+    Both norms are taken over the weights that it regularizes, before clipping. A ratio of 1e-4 says that the
     regularizer does nothing. The regularizers are evaluated once more in such a step; the main loss is not.
 
     Args:
-        every: optimiser steps between two entries in the metrics.
+        every: optimizer steps between two entries in the metrics.
     """
 
     def __init__(self, every: int = 100) -> None:

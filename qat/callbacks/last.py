@@ -9,26 +9,26 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from qat.errors import QatError
-from qat.metrics import MetricsFile
-from qat.runs import LAST
+from qat.runs.folder import LAST
+from qat.runs.metrics import MetricsFile
 
 ROWS = "qat_metrics_rows"
 
 
 class SaveLast(Checkpoint):
-    """Writes ``folder/last.ckpt`` every so many optimiser steps and at the end of every pass.
+    """Writes ``folder/last.ckpt`` every so many optimizer steps and at the end of every pass.
 
     The moment is chosen so that nothing of a step is still to be done: after its validation if it has one, otherwise
     when the next batch begins, because the metrics of a step are logged after its last hook.
 
     Args:
         folder: of the run.
-        every: optimiser steps between two writes.
+        every: optimizer steps between two writes.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
         if every < 1:
-            raise QatError(f"--save_every is {every}: give at least 1 optimiser step")
+            raise QatError(f"--save_every is {every}: give at least 1 optimizer step")
         self.path, self.every = folder / LAST, every
         self._saved, self._between = 0, False
 

@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 
 from qat.errors import QatError
-from qat.insert import WeightSite, weight_sites
-from qat.module import QATModule
-from qat.oscillation import Freezable, Oscillation
-from qat.regularizers.base import LOW_BITS
-from qat.schedules import cosine_between
+from qat.sites.insert import WeightSite, weight_sites
+from qat.training.module import QATModule
+from qat.training.oscillation import Freezable, Oscillation
+from qat.training.regularizers.base import LOW_BITS
+from qat.training.schedules import cosine_between
 
 CODE_BITS = 8  # wider codes do not fit into the int8 that the state keeps
 
@@ -55,8 +55,8 @@ class OscillationTracker(L.Callback):
     Args:
         momentum: of the frequency.
         threshold: frequency above which a weight counts as oscillating.
-        every: optimiser steps between two looks at the codes.
-        log_every: optimiser steps between two entries in the metrics.
+        every: optimizer steps between two looks at the codes.
+        log_every: optimizer steps between two entries in the metrics.
     """
 
     def __init__(self, momentum: float = 0.01, threshold: float = 0.005, every: int = 1, log_every: int = 100) -> None:
@@ -93,7 +93,7 @@ class OscillationTracker(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the codes after an optimiser step."""
+        """Look at the codes after an optimizer step."""
         if trainer.global_step == self._step:
             return  # gradients are still being accumulated
         self._step = trainer.global_step
@@ -159,7 +159,7 @@ class OscillationTracker(L.Callback):
 class IterativeFreezing(OscillationTracker):
     """Freezes weights that oscillate too often at the code that they had on average (Nagel et al. 2022, section 4.3).
 
-    A frozen latent weight is set to step * code after every optimiser step, so its code stays while the step goes on
+    A frozen latent weight is set to step * code after every optimizer step, so its code stays while the step goes on
     learning, and a checkpoint needs this callback no more. A weight average is refused: in it a frozen weight would
     still hold what came before.
 
@@ -169,7 +169,7 @@ class IterativeFreezing(OscillationTracker):
         momentum: of the frequency and of the mean code.
         threshold: frequency above which a weight counts as oscillating in the metrics.
         max_bits: widest weight that is tracked and frozen.
-        log_every: optimiser steps between two entries in the metrics.
+        log_every: optimizer steps between two entries in the metrics.
     """
 
     def __init__(

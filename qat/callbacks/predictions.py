@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 
 from qat.errors import QatError
-from qat.module import Prediction, QATModule
+from qat.training.module import Prediction, QATModule
 
 
 class WritePredictions(L.Callback):

@@ -8,8 +8,8 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
-from qat.describe import describe, summary, write_csv
-from qat.module import QATModule
+from qat.sites.describe import describe, summary, write_csv
+from qat.training.module import QATModule
 
 log = logging.getLogger(__name__)
 

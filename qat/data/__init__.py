@@ -1,5 +1,1 @@
-"""Data: class-folder trees, crops, loaders."""
-
-from qat.data.imagenet import Batch, ImageNetDataModule
-
-__all__ = ["Batch", "ImageNetDataModule"]
+"""Data: class-folder trees, crops, stored soft labels, loaders. Knows nothing of models."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
-from qat.data.labelreader import SoftLabels
+from qat.data.softlabels.reader import SoftLabels
 from qat.errors import QatError
 
 

@@ -57,11 +57,6 @@ class Crop:
     flip: bool
 
 
-def rng_for(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one visit to one image; all three numbers must be non-negative."""
-    return np.random.default_rng([seed, epoch, index])
-
-
 def draw(law: CropLaw, height: int, width: int, rng: np.random.Generator) -> Crop:
     """One box inside an image of the given height and width, pixels."""
     low, high = math.log(law.ratio[0]), math.log(law.ratio[1])

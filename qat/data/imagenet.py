@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qat.data.check import at_least, cores, given_law, one_of
-from qat.data.crops import CropLaw, rng_for
+from qat.data.crops import CropLaw
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
 from qat.data.images import Batch, CropView, EvalView, Images, Loader, View, as_it_is
-from qat.data.labelreader import ReplayView, SoftLabels
 from qat.data.order import Batches, batches_done, batches_per_pass, crop_passes, shuffled
+from qat.data.softlabels.reader import ReplayView, SoftLabels
+from qat.data.streams import rng_for
 from qat.errors import QatError
 from qat.preprocessing import INTERPOLATIONS, Preprocessing
 

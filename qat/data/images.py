@@ -17,11 +17,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qat.data.crops import CropLaw, draw, replay, rng_for
+from qat.data.crops import CropLaw, draw, replay
 from qat.data.decode import decode, new_images, reason, to_image, to_tensor
+from qat.data.streams import rng_for
 from qat.errors import QatError
-from qat.losses import TopK
 from qat.preprocessing import Preprocessing
+
+
+class TopK(NamedTuple):
+    """Sparse soft labels: the rest of the probability is spread evenly over the other classes (marginal smoothing)."""
+
+    classes: Tensor  # (B, k) int64
+    probs: Tensor  # (B, k), a row sums to at most 1
 
 
 class View(Protocol):

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from qat.data.crops import rng_for
+from qat.data.streams import rng_for
 from qat.errors import QatError
 
 

@@ -1,4 +1,4 @@
-"""Float models and their quantised forms: importing this package registers every family."""
+"""Float models and their quantized forms: importing this package registers every family."""
 
 from qat.models import layers, sret, swin, vit
 from qat.models.build import build_float, default_preprocessing, read_weights

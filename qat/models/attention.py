@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.describe import Product
-from qat.insert import Cuts, SiteBuilder
 from qat.models.layers import QuantLinear
-from qat.quantizers import FloatSite, LogIntSoftmaxQuantizer, product
+from qat.quantizers import Quantizer, recompute_operands
+from qat.sites.insert import Cuts, FloatSite, SiteBuilder
+from qat.sites.products import Matrices, Product, same
 
-DONE = FloatSite()  # of a tensor that is quantised already
+DONE = FloatSite()  # of a tensor that is quantized already
 
 
 class QuantHeads(nn.Module):
     """Scaled dot-product attention of several heads with a site on every operand of its products.
 
     A subclass makes q, k and v of its input and says which tokens see which. The scores are written out, because fused
-    attention has no place for ``probs_quant``; while neither scores nor probabilities are quantised, it is used.
+    attention has no place for ``probs_quant``; while neither scores nor probabilities are quantized, it is used.
     A `LogIntSoftmax` at ``probs_quant`` takes the place of the softmax itself.
 
     Args:
@@ -68,14 +68,15 @@ class QuantHeads(nn.Module):
             q, k, v = self.q_quant(q), self.k_quant(k), self.v_quant(v)
             mask = _sum(bias, mask)
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale)
-        scores = self.scores_quant(product(self._scores, (self.q_quant, q), (self.k_quant, k)))  # (B, H, N, N)
+        scores = recompute_operands(self._scores, (self.q_quant, q), (self.k_quant, k))  # (B, H, N, N)
+        scores = self.scores_quant(scores)
         mask = _additive(mask, is_causal, scores)  # after scores_quant, which would clip -inf
-        if isinstance(self.probs_quant, LogIntSoftmaxQuantizer):
+        if self.softmax_is_quantized:
             probs = self.probs_quant(scores if bias is None else scores + bias, mask)
-            return product(self._mix, (DONE, probs), (self.v_quant, v))
+            return recompute_operands(self._mix, (DONE, probs), (self.v_quant, v))
         mask = _sum(bias, mask)
         probs = (scores if mask is None else scores + mask).softmax(-1)
-        return product(self._mix, (self.probs_quant, probs), (self.v_quant, v))
+        return recompute_operands(self._mix, (self.probs_quant, probs), (self.v_quant, v))
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Scale inside the product: q * scale would be one more tensor to keep for backward."""
@@ -87,10 +88,27 @@ class QuantHeads(nn.Module):
         dropped: Tensor = self.attn_drop(probs)
         return dropped @ v
 
-    def products(self, shape: tuple[int, ...]) -> list[Product]:
-        """The two products between tokens, from the shape (B, N, C) of an input."""
-        macs = shape[0] * shape[1] ** 2 * self.attn_dim
-        return [Product(macs, "q_quant", "k_quant"), Product(macs, "probs_quant", "v_quant")]
+    @property
+    def softmax_is_quantized(self) -> bool:
+        """What is at ``probs_quant`` takes the place of the softmax: it sees scores, not probabilities."""
+        return isinstance(self.probs_quant, Quantizer) and self.probs_quant.replaces_softmax
+
+    def products(self) -> list[Product]:
+        """q (B, H, N, D) with k, without their scale; the probabilities (B, H, N, N) with v, transposed."""
+        scores = Matrices(same, same, (1, 1), same, _tokens)
+        mixed = None if self.softmax_is_quantized else Matrices(same, lambda x: x.mT, (1, 1), same, _tokens)
+        return [
+            Product("q_quant", "k_quant", self._macs, scores),
+            Product("probs_quant", "v_quant", self._macs, mixed),
+        ]
+
+    def _macs(self, shape: tuple[int, ...]) -> int:
+        """Of either product, from the shape (B, N, C) of an input."""
+        return shape[0] * shape[1] ** 2 * self.attn_dim
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[2]
 
 
 def _sum(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:

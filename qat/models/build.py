@@ -142,7 +142,7 @@ def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source:
     steps = [name for name in extra if name.endswith(("_quant.step", "_quant.offset"))]
     parts = [f"{len(missing)} missing ({_some(missing)})"] if missing else []
     parts += [f"{len(extra)} unexpected ({_some(extra)})"] if extra else []
-    hint = "; it holds quantizer steps, so it is a quantised checkpoint: use --ckpt" if steps else ""
+    hint = "; it holds quantizer steps, so it is a quantized checkpoint: use --ckpt" if steps else ""
     raise QatError(f"{source} does not fit the model: {', '.join(parts)}{hint}")
 
 

@@ -1,7 +1,9 @@
-"""Quantised layers. Shapes: B batch, O outputs, I inputs, C channels."""
+"""Quantized layers. Shapes: B batch, O outputs, I inputs, C channels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.describe import Product
 from qat.errors import QatError
-from qat.insert import Cuts, SiteBuilder, swaps
-from qat.quantizers import Quantizer, product
+from qat.quantizers import Quantizer, recompute_operands
+from qat.sites.insert import Cuts, SiteBuilder, swaps
+from qat.sites.products import Matrices, Product, same
 
 
 @swaps(nn.Linear)
@@ -46,7 +48,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        x = product(self._linear, (self.input_quant, x), (self.weight_quant, self.weight))
+        x = recompute_operands(self._linear, (self.input_quant, x), (self.weight_quant, self.weight))
         out: Tensor = self.output_quant(x)
         return out
 
@@ -59,9 +61,10 @@ class QuantLinear(nn.Module):
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
-    def products(self, shape: tuple[int, ...]) -> list[Product]:
-        """The products of one application, from the shape of its input."""
-        return [Product(prod(shape) * self.out_features, "input_quant", "weight_quant")]
+    def products(self) -> list[Product]:
+        """(..., I) with (O, I)."""
+        matrices = Matrices(same, same, (None, 0), lambda x: x.flatten(0, -2), lambda x: 1, self.weight)
+        return [Product("input_quant", "weight_quant", lambda shape: prod(shape) * self.out_features, matrices)]
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -89,21 +92,39 @@ class QuantConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) to (B, O, H', W')."""
-        x = product(self._conv, (self.input_quant, x), (self.weight_quant, self.weight))
+        x = recompute_operands(self._conv, (self.input_quant, x), (self.weight_quant, self.weight))
         out: Tensor = self.output_quant(x)
         return out
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, self.bias, **self.options)
 
-    def products(self, shape: tuple[int, ...]) -> list[Product]:
-        """The products of one application, from the shape of its input."""
+    def products(self) -> list[Product]:
+        """Patches of (B, I, H, W) with (O, I, kh, kw); where it pads or dilates, not as matrices.
+
+        Padding would add zeros to a patch that are not quantized.
+        """
+        cuts = self.options["padding"] in ((0, 0), "valid") and self.options["groups"] == 1
+        matrices = self._matrices() if cuts and self.options["dilation"] == (1, 1) else None
+        return [Product("input_quant", "weight_quant", self._macs, matrices)]
+
+    def _matrices(self) -> Matrices:
+        cut = partial(patches, size=self.weight.shape[2:], stride=self.options["stride"])
+        return Matrices(cut, lambda weight: weight.flatten(-3), (None, 0), same, lambda x: len(cut(x[:1])), self.weight)
+
+    def _macs(self, shape: tuple[int, ...]) -> int:
         out = F.conv2d(self.weight.new_zeros(*shape, device="meta"), self.weight.to("meta"), **self.options)
-        return [Product(out.numel() * self.weight[0].numel(), "input_quant", "weight_quant")]
+        return out.numel() * self.weight[0].numel()
 
     def extra_repr(self) -> str:
         """Weight shape and options, for ``print(model)``."""
         return f"{tuple(self.weight.shape)}, {self.options}"
+
+
+def patches(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """(..., B, C, H, W) to the patches of a convolution, (..., T, C * kh * kw), for the T tokens of all images."""
+    cut = x.unfold(-2, size[0], stride[0]).unfold(-2, size[1], stride[1])  # (..., B, C, H', W', kh, kw)
+    return cut.movedim(-5, -3).flatten(-3).flatten(-4, -2)
 
 
 @swaps(nn.LayerNorm)
@@ -112,8 +133,8 @@ class QuantLayerNorm(nn.Module):
     """A LayerNorm over the last axis with a site on its output (..., C).
 
     Where that site is an `IntegerNorm`, the norm is computed from the integers of what it reads: ``source``, set by
-    `qat.insert.connect_norms`. A source of fewer channels was laid side by side (patch merging of Swin); it has one
-    step, so that does not matter.
+    `qat.sites.insert.connect_norms`. A source of fewer channels was laid side by side (patch merging of Swin); it has
+    one step, so that does not matter.
     """
 
     def __init__(self, norm: nn.LayerNorm, site: SiteBuilder) -> None:

@@ -9,13 +9,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from qat.insert import quantizers
+from qat.sites.insert import quantizers
 
 EMBEDDINGS = ("pos_embed", "cls_token", "dist_token", "reg_token")
 
 
 def param_groups(model: nn.Module, weight_decay: float, lr: float, step_lr: float) -> list[dict[str, Any]]:
-    """Groups for an optimiser: steps and offsets at rate ``step_lr``, the rest at ``lr``; only weights are decayed.
+    """Groups for an optimizer: steps and offsets at rate ``step_lr``, the rest at ``lr``; only weights are decayed.
 
     timm leaves biases, norms and other one-dimensional parameters undecayed; embeddings are named.
     """

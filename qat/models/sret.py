@@ -1,4 +1,4 @@
-"""SReT, quantised. Shapes: B images, N tokens, C channels.
+"""SReT, quantized. Shapes: B images, N tokens, C channels.
 
 A block is applied twice and its sites serve both applications. Calibration therefore samples the tensors of both, each
 as it samples that of another site; training adds the gradients of both.
@@ -15,9 +15,9 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.family import Family, family
-from qat.insert import SiteBuilder, swap_children, swaps
 from qat.models.sret_float import NonProjection, RecursiveBlock, SReT
+from qat.sites.family import Family, family
+from qat.sites.insert import SiteBuilder, swap_children, swaps
 
 
 @family(SReT)

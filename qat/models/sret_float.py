@@ -191,7 +191,7 @@ class SReT(nn.Module):
         return [-(-side // 2 ** (3 + stage)) for side in self.img_size]
 
     def no_weight_decay(self) -> set[str]:
-        """Names for timm's optimisers."""
+        """Names for timm's optimizers."""
         return {"pos_embed"}
 
     def get_classifier(self) -> nn.Module:

@@ -18,10 +18,10 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.family import Family, NormLink, Unit, family
-from qat.insert import SiteBuilder, swap_children, swaps
 from qat.models.attention import QuantHeads
 from qat.models.layers import QuantLayerNorm
+from qat.sites.family import Family, NormLink, Unit, family
+from qat.sites.insert import SiteBuilder, swap_children, swaps
 
 
 @family(SwinTransformer)

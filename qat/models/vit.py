@@ -11,11 +11,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.family import Family, NormLink, Unit, family
-from qat.insert import SiteBuilder, swap_children, swaps
 from qat.models.attention import QuantHeads
 from qat.models.layers import QuantLayerNorm
-from qat.quantizers import FloatSite
+from qat.sites.family import Family, NormLink, Unit, family
+from qat.sites.insert import FloatSite, SiteBuilder, swap_children, swaps
 
 
 @family(VisionTransformer, VisionTransformerDistilled)
@@ -52,10 +51,10 @@ class ViT(Family):
             module.train(model.training)
         model._modules.update({**found, **dict(children[first:])})  # sites are listed in the order of the network
         model.__class__ = EMBEDDING[type(model)]  # the only way to a sum inside a method of the root
-        quantised = [name for name in ("tokens_quant", "pos_embed_quant") if not isinstance(found[name], FloatSite)]
-        if quantised and (model.pos_embed is None or model.dynamic_img_size):
+        quantized = [name for name in ("tokens_quant", "pos_embed_quant") if not isinstance(found[name], FloatSite)]
+        if quantized and (model.pos_embed is None or model.dynamic_img_size):
             raise QatError(
-                f"site {quantised[0]!r}: the embedding is only reproduced with positions, and for images of one size: "
+                f"site {quantized[0]!r}: the embedding is only reproduced with positions, and for images of one size: "
                 "set the sites tokens_quant and pos_embed_quant to null"
             )
 

@@ -1,4 +1,4 @@
-"""From a table of official weights to one of ours, with a card if the model is quantised."""
+"""From a table of official weights to one of ours, with a card if the model is quantized."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qat.checkpoint import Card
 from qat.errors import QatError
-from qat.insert import quantizers
 from qat.models.build import load_strictly
 from qat.official.family import Family, Places, Table
 from qat.official.source import Source, identify
@@ -31,6 +30,7 @@ from qat.official.steps import (
 from qat.preprocessing import Preprocessing
 from qat.quantizers import LSQ
 from qat.recipe import build_recipe
+from qat.sites.insert import quantizers
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ SWITCHED = [  # rules for what has an offset too where VVTQ was trained with --u
 
 @dataclass(frozen=True)
 class Converted:
-    """Weights with our names; ``card`` describes the quantised model and is None for a float one."""
+    """Weights with our names; ``card`` describes the quantized model and is None for a float one."""
 
     arch: str
     state: dict[str, Tensor]
@@ -61,25 +61,25 @@ def convert(
     model_args: Mapping[str, Any] | None = None,
     reduction_bits: ReductionBits = "8",
 ) -> Converted:
-    """Translate a float DeiT, Swin or SReT-T, official or in the layout of VVTQ, or a quantised one of VVTQ.
+    """Translate a float DeiT, Swin or SReT-T, official or in the layout of VVTQ, or a quantized one of VVTQ.
 
     Args:
         table: names and tensors of the file, without the prefix ``module.``.
         arch: timm name of the model; told by names and sizes when None.
-        classes: class names in label order, kept on the card of a quantised model.
+        classes: class names in label order, kept on the card of a quantized model.
         model_args: further arguments of the timm constructor, kept likewise, for example ``eval_permutation`` of SReT.
-        reduction_bits: of the weights that merge patches in a quantised Swin: ``8``, and another width is refused, or
+        reduction_bits: of the weights that merge patches in a quantized Swin: ``8``, and another width is refused, or
             ``trained``, the width in the file, rounded as its network rounds it.
 
     Raises:
         QatError: naming the first key that is missing, unexpected or wrong.
     """
     source = identify(table, arch)
-    if source.quantised:
-        return _convert_quantised(source, classes, dict(model_args or {}), reduction_bits)
+    if source.quantized:
+        return _convert_quantized(source, classes, dict(model_args or {}), reduction_bits)
     if model_args or reduction_bits != "8":
         given = f"model_args {dict(model_args)}" if model_args else f"reduction_bits {reduction_bits!r}"
-        raise QatError(f"{given} is kept with a quantised model, but these weights are float: leave it out here")
+        raise QatError(f"{given} is kept with a quantized model, but these weights are float: leave it out here")
     return _convert_float(source)
 
 
@@ -90,12 +90,12 @@ def _convert_float(source: Source) -> Converted:
     return Converted(source.arch, source.fuse())
 
 
-def _convert_quantised(
+def _convert_quantized(
     source: Source, classes: Sequence[str], model_args: dict[str, Any], reduction_bits: ReductionBits
 ) -> Converted:
     table, family, known = source.table, source.family, source.family.archs.values()
     if source.arch not in known:
-        raise QatError(f"arch is {source.arch!r}: quantised files are converted for {', '.join(known)}")
+        raise QatError(f"arch is {source.arch!r}: quantized files are converted for {', '.join(known)}")
     if reduction_bits != "8" and not family.trained:
         raise QatError(f"reduction_bits is {reduction_bits!r}, but {source.arch} merges no patches: leave it out")
     refuse_other_builds(table)

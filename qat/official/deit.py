@@ -8,7 +8,7 @@ from qat.official.family import Family, Places, Sizes, Table
 
 
 class DeiT(Family):
-    """Any timm model whose official names are timm's, and quantised the three sizes of DeiT."""
+    """Any timm model whose official names are timm's, and quantized the three sizes of DeiT."""
 
     mark = "blocks."
     prefix = ""

@@ -44,7 +44,7 @@ class Family(ABC):
         outside: the sites outside the blocks, always of 8 bits.
         trained: those of them whose width VVTQ trains, by accident.
         unused: quantizers that a file has and that its network never calls.
-        rules: what recipe ``vvtq`` quantises and VVTQ does not.
+        rules: what recipe ``vvtq`` quantizes and VVTQ does not.
     """
 
     mark: ClassVar[str]
@@ -87,7 +87,7 @@ class Family(ABC):
         return ""
 
     def places(self, weights: Table) -> Places:
-        """Every site that VVTQ quantises, in a model with these weights of ours."""
+        """Every site that VVTQ quantizes, in a model with these weights of ours."""
         found = [(name.removesuffix(end), PARTS[end]) for name in weights for end in PARTS if name.endswith(f".{end}")]
         pairs = [(block, site, sources) for block, part in found for site, sources in part.items()]
         inside = {block + site: tuple(self.rename(block) + q for q in sources) for block, site, sources in pairs}

@@ -41,7 +41,7 @@ class Source:
     outputs: int
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether quantizers own some of the tensors."""
         return any(name.rpartition(".")[2] in OWN for name in self.table)
 

@@ -31,7 +31,7 @@ def own_tensors(places: Places, offsets: Collection[str], unused: Collection[str
 
 
 def refuse_other_builds(table: Table) -> None:
-    """Raise QatError for a model of VVTQ that is not quantised, or by heads."""
+    """Raise QatError for a model of VVTQ that is not quantized, or by heads."""
     for name in (name for name in table if name.endswith(".nbits")):
         if (bits := table[name].flatten().tolist()) == [-1] or len(bits) != 1:
             raise QatError(f"{name!r} is {bits}, a float (-1) or head-wise (several) build: give a per-tensor model")

@@ -2,7 +2,7 @@
 
 Official names merge patches at the end of a stage, timm's at the start of the next, and the head is a module deeper
 there. Files hold the table of relative positions and the masks of shifted windows too, which timm computes.
-VVTQ quantises neither the image nor the input of the merging; the widths of the merging weights are parameters there.
+VVTQ quantizes neither the image nor the input of the merging; the widths of the merging weights are parameters there.
 """
 
 from __future__ import annotations

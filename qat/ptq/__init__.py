@@ -15,5 +15,5 @@ __all__ = ["InitSteps", "Observe", "OutputSearch", "PTQMethod", "RepQViT", "cali
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], method: PTQMethod | None = None) -> None:
-    """Fill every quantizer of ``model``, in place, from normalised images (B, 3, S, S); `InitSteps` unless given."""
+    """Fill every quantizer of ``model``, in place, from normalized images (B, 3, S, S); `InitSteps` unless given."""
     (method or InitSteps())(model, batches)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.insert import WeightSite, quantizers, switched_off, weights
 from qat.progress import Progress
 from qat.quantizers import Quantizer
+from qat.sites.hooks import watching
+from qat.sites.insert import WeightSite, quantizers, switched_off, weights
 
 See = Callable[[str, Tensor], None]  # name of a site, its input as rows (G, n)
 
@@ -24,7 +25,7 @@ class PTQMethod(ABC):
     single_device = True
 
     def __call__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Calibrate ``model`` on normalised images (B, 3, S, S) on its device; switches end as they were.
+        """Calibrate ``model`` on normalized images (B, 3, S, S) on its device; switches end as they were.
 
         When it is interrupted, what was not calibrated before is not calibrated after.
         """
@@ -76,7 +77,7 @@ def stream(
 
     Args:
         model: in evaluation mode; its quantizers are switched off meanwhile.
-        batches: normalised images (B, 3, S, S); none is read when nothing is wanted.
+        batches: normalized images (B, 3, S, S); none is read when nothing is wanted.
         wanted: sites by name.
         see: is called with a name and the values (G, n), float32, which may be a view of the model's tensor.
         shown: whether progress is reported; only where the number of batches is known.
@@ -88,14 +89,14 @@ def stream(
         return
     missing = dict.fromkeys(wanted)
 
-    def hand_over(name: str, x: Tensor) -> None:
+    def hand_over(name: str, args: tuple[Tensor, ...]) -> None:
         missing.pop(name, None)
-        see(name, wanted[name].grouped(x.float()))
+        see(name, wanted[name].grouped(args[0].float()))
 
     total = len(batches) if isinstance(batches, Sized) else 0
     with (
         switched_off(quantizer for _, quantizer in quantizers(model)),
-        watching(wanted, hand_over),
+        watching(wanted, before=hand_over),
         Progress("calibration batches", total, shown and total > 0) as progress,
     ):
         for images in batches:
@@ -103,20 +104,6 @@ def stream(
             progress.advance(1)
     for name in missing:
         raise QatError(f"no calibration image reached {name!r}: raise calibration.images")
-
-
-@contextmanager
-def watching(wanted: Mapping[str, Quantizer], see: See) -> Iterator[None]:
-    """Call ``see`` inside the block with the name of a site and its input, whenever a tensor arrives there."""
-    hooks = [
-        quantizer.register_forward_pre_hook(lambda _module, args, name=name: see(name, args[0]))
-        for name, quantizer in wanted.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def raise_unless_calibrated(name: str, quantizer: Quantizer) -> None:

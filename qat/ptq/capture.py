@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import cast
 
 from torch import Tensor, nn
 
-from qat.family import Unit
-from qat.ptq.base import watching
-from qat.quantizers import Quantizer
+from qat.sites.family import Unit
+from qat.sites.hooks import watching
 
 
 def capture(
@@ -20,13 +18,13 @@ def capture(
     Args:
         unit: its sites are switched on or off as they shall be.
         tensors: inputs of the unit (B, ...).
-        sites: quantised or float, by name; others than those of the unit may be among them.
+        sites: quantized or float, by name; others than those of the unit may be among them.
         keep: what to keep, from the name of a site and its input.
     """
     found: dict[str, list[Tensor]] = {}
 
-    def see(name: str, x: Tensor) -> None:
-        found.setdefault(name, []).append(keep(name, x))
+    def see(name: str, args: tuple[Tensor, ...]) -> None:
+        found.setdefault(name, []).append(keep(name, args[0]))
 
-    with watching(cast(Mapping[str, Quantizer], sites), see):  # a float site has inputs too
+    with watching(sites, before=see):
         return [unit.run(x) for x in tensors], found

@@ -1,10 +1,11 @@
-"""Calibration in the order of the network: every site sees inputs that the sites before it have quantised.
+"""Calibration in the order of the network: every site sees inputs that the sites before it have quantized.
 
 Shapes: G groups that share a step, n values in a group.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.family import Unit, family_of
-from qat.insert import quantizers
 from qat.progress import Progress
-from qat.ptq.base import watching
 from qat.quantizers import Quantizer
+from qat.sites.family import Unit, family_of
+from qat.sites.hooks import watching
+from qat.sites.insert import quantizers
 
 Fit = Callable[[str, Quantizer, Tensor], None]  # name, quantizer, samples (G, n)
 
@@ -32,8 +33,8 @@ def fit_in_order(model: nn.Module, batches: Iterable[Tensor], fit: Fit, wanted: 
     so a unit is run again, up to the site, for each of its sites.
 
     Args:
-        model: in evaluation mode; the weights that are to be quantised are calibrated.
-        batches: normalised images (B, 3, S, S).
+        model: in evaluation mode; the weights that are to be quantized are calibrated.
+        batches: normalized images (B, 3, S, S).
         fit: called once for every wanted site, with all values of its tensor.
         wanted: names of activation sites; they are switched off first. Others are left as they are.
 
@@ -47,9 +48,9 @@ def fit_in_order(model: nn.Module, batches: Iterable[Tensor], fit: Fit, wanted: 
     tensors = list(batches)
     with Progress("activation sites", len(sites)) as progress:
         for unit in family_of(model).units(model):
-            for name in _order(unit, tensors[0], sites):
+            for name, visits in _visits(unit, tensors[0], sites).items():
                 quantizer = sites[name]
-                fit(name, quantizer, _inputs(unit, tensors, name, quantizer))
+                fit(name, quantizer, _inputs(unit, tensors, name, quantizer, visits))
                 quantizer.enabled = True
                 waiting.discard(name)
                 progress.advance(1)
@@ -58,23 +59,24 @@ def fit_in_order(model: nn.Module, batches: Iterable[Tensor], fit: Fit, wanted: 
         raise QatError(f"no calibration image reached {min(waiting)!r}, or its model does not say in which unit it is")
 
 
-def _order(unit: Unit, x: Tensor, sites: dict[str, Quantizer]) -> list[str]:
-    """The sites that a unit reaches, each once, in the order of its forward; one image tells."""
-    seen: dict[str, None] = {}
-    with watching(sites, lambda name, _: seen.update({name: None})):
+def _visits(unit: Unit, x: Tensor, sites: dict[str, Quantizer]) -> Counter[str]:
+    """How often a unit reaches each site, in the order in which it first does; one image tells."""
+    seen: Counter[str] = Counter()
+    with watching(sites, before=lambda name, _: seen.update([name])):
         unit.run(x[:1])
-    return list(seen)
+    return seen
 
 
-def _inputs(unit: Unit, tensors: list[Tensor], name: str, quantizer: Quantizer) -> Tensor:
-    """The input of one site (G, n), over all batches."""
+def _inputs(unit: Unit, tensors: list[Tensor], name: str, quantizer: Quantizer, visits: int) -> Tensor:
+    """The inputs of one site (G, n), over all batches and all visits of a batch."""
     rows: list[Tensor] = []
 
-    def stop(_: str, x: Tensor) -> None:
-        rows.append(quantizer.grouped(x.float()))
-        raise Reached
+    def stop(_: str, args: tuple[Tensor, ...]) -> None:
+        rows.append(quantizer.grouped(args[0].float()))
+        if len(rows) % visits == 0:
+            raise Reached
 
-    with watching({name: quantizer}, stop):
+    with watching({name: quantizer}, before=stop):
         for x in tensors:
             with suppress(Reached):
                 unit.run(x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.ptq.base import PTQMethod, stream, uncalibrated
-from qat.ptq.observers import Samples
+from qat.ptq.running_range import Samples
 
 
 @dataclass

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.family import NormLink
-from qat.insert import quantizers, switched_off
+from qat.sites.family import NormLink
+from qat.sites.insert import quantizers, switched_off
 
 TOLERANCE = 1e-4  # relative; the rewrite is exact but for rounding in float32
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.progress import Progress
 from qat.ptq.base import PTQMethod, raise_unless_calibrated, stream, uncalibrated
-from qat.ptq.observers import Kind, observer_for
+from qat.ptq.running_range import Kind, running_range_for
 from qat.ptq.search import fit_
 
 
@@ -43,13 +43,13 @@ class Observe(PTQMethod):
         for name, weight, quantizer in weights:
             fit_(quantizer, quantizer.grouped(weight.float()))
             raise_unless_calibrated(name, quantizer)
-        observers = {
-            name: observer_for(quantizer, self.observer, self.samples, self.seed)
+        ranges = {
+            name: running_range_for(quantizer, self.observer, self.samples, self.seed)
             for name, quantizer in activations.items()
         }
-        stream(model, batches, activations, lambda name, rows: observers[name].see(rows))
+        stream(model, batches, activations, lambda name, rows: ranges[name].see(rows))
         with Progress("calibrated sites", len(activations), shown=bool(activations)) as progress:
             for name, quantizer in activations.items():
-                observers.pop(name).fit_()
+                ranges.pop(name).fit_()
                 raise_unless_calibrated(name, quantizer)
                 progress.advance(1)

@@ -1,18 +1,18 @@
-"""Ranges chosen for the output of every matrix product: the initialisation of AdaLog, APHQ-ViT and FIMA-Q.
+"""Ranges chosen for the output of every matrix product: the initialization of AdaLog, APHQ-ViT and FIMA-Q.
 
 Both operands start from samples of their own, by the ``init`` that their spec names. Then the ranges of one are tried
-while the other stays as it is quantised, in turn, and what counts is the error of the product.
+while the other stays as it is quantized, in turn, and what counts is the error of the product.
 
-The input of a unit (the embedding, a block, the head) comes from the quantised units before it; inside the unit,
+The input of a unit (the embedding, a block, the head) comes from the quantized units before it; inside the unit,
 operands and products are those of the float model. With the float input too, as in these three, DeiT-Tiny loses five
-points at 4 bits. With the product of the float input as the target of a quantised one, everything shrinks towards zero
+points at 4 bits. With the product of the float input as the target of a quantized one, everything shrinks towards zero
 at 3 bits: noise in a regressor does that.
 Shapes: G groups that share a step, n values in a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.family import family_of
-from qat.insert import quantizers, switched_off
 from qat.progress import Progress
 from qat.ptq.base import PTQMethod, raise_unless_calibrated, uncalibrated
 from qat.ptq.capture import capture
-from qat.ptq.operands import Form, forms
-from qat.ptq.products import MatrixProduct, Operand, candidates, searchable
+from qat.ptq.operands import Operands, operands_of
+from qat.ptq.product_search import Operand, ProductSearch, candidates, searchable
 from qat.quantizers import Quantizer
+from qat.sites.family import family_of
+from qat.sites.insert import quantizers, switched_off
 
 TOKENS = 16384  # rows of the input of a layer that are kept, of all batches
 
@@ -68,8 +68,8 @@ class OutputSearch(PTQMethod):
 
     def _walk(self, model: nn.Module, tensors: list[Tensor], wanted: Mapping[str, Quantizer]) -> None:
         """Unit by unit; a part of what reaches the sites of one, while they are off, is kept until they are fitted."""
-        products = [form for form in forms(model) if form.left in wanted or form.right in wanted]
-        of = {name: form for form in products for name in form.activations}
+        products = [product for product in operands_of(model) if product.left in wanted or product.right in wanted]
+        of = {name: product for product in products for name in product.activations}
         alone = {name: q for name, q in wanted.items() if name not in of and q.layout.batched}
         sites = {name: model.get_submodule(name) for name in of} | alone
 
@@ -87,31 +87,37 @@ class OutputSearch(PTQMethod):
                 for name, x in found.items():
                     if name in wanted:
                         _start(name, wanted[name], self._thinned(x if name in alone else wanted[name].grouped(x)))
-                here = [form for form in products if all(name in found for name in form.activations)]
-                for form in here:
-                    self._search(model, form, wanted, found)
+                here = [product for product in products if all(name in found for name in product.activations)]
+                for product in here:
+                    self._search(model, product, wanted, found)
                 progress.advance(len(here))
                 tensors = [unit.run(x) for x in tensors]
 
     def _search(
-        self, model: nn.Module, form: Form, wanted: Mapping[str, Quantizer], found: Mapping[str, Tensor]
+        self, model: nn.Module, product: Operands, wanted: Mapping[str, Quantizer], found: Mapping[str, Tensor]
     ) -> None:
         """Both operands of a product, from where they stand."""
-        sides = []
-        for name, matrix, axis in zip((form.left, form.right), form.matrices, form.axes, strict=True):
-            x = form.weight.float() if form.weight is not None and name == form.right else found[name]
-            side = Operand(model.get_submodule(name), x, matrix, axis)
-            if name in wanted and searchable(wanted[name]):
-                side.ranges = candidates(wanted[name].spec, self._thinned(wanted[name].grouped(x)))
-            sides.append(side)
-        left, right = sides
-        MatrixProduct(left, right, self.rows).search_(self.rounds)
+        seen = product.matrices
+        left = self._operand(model, product.left, found[product.left], seen.left, seen.axes[0], wanted)
+        x = found[product.right] if seen.weight is None else seen.weight.float()
+        right = self._operand(model, product.right, x, seen.right, seen.axes[1], wanted)
+        ProductSearch(left, right, self.rows).search_(self.rounds)
 
-    def _samples(self, form: Form, x: Tensor, batches: int) -> Tensor:
+    def _operand(
+        self, model: nn.Module, name: str, x: Tensor, matrix: Callable[[Tensor], Tensor], axis: int | None,
+        wanted: Mapping[str, Quantizer],
+    ) -> Operand:  # fmt: skip
+        """One side of a product, with candidates where its site is to be calibrated and can be searched."""
+        operand = Operand(model.get_submodule(name), x, matrix, axis)
+        if name in wanted and searchable(wanted[name]):
+            operand.table = candidates(wanted[name], self._thinned(wanted[name].grouped(x)))
+        return operand
+
+    def _samples(self, product: Operands, x: Tensor, batches: int) -> Tensor:
         """What is kept of one batch of an operand: as many samples as give the rows that are needed."""
-        x = form.samples(x)
-        rows = self.rows if form.weight is None else TOKENS
-        return self._drawn(x, ceil(rows / form.height(x) / batches))
+        x = product.matrices.samples(x)
+        rows = self.rows if product.matrices.weight is None else TOKENS
+        return self._drawn(x, ceil(rows / product.matrices.rows_of(x) / batches))
 
     def _thinned(self, rows: Tensor) -> Tensor:
         """(G, n) to what a search for a range is given."""

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.family import NormLink, family_of
-from qat.insert import WeightSite, weight_sites
 from qat.progress import Progress
 from qat.ptq.base import PTQMethod, uncalibrated
 from qat.ptq.in_order import fit_in_order
 from qat.ptq.norms import check_rewrites, fold, same_function
 from qat.ptq.search import PERCENTILES, fit_percentile_
-from qat.quantizers import Quantizer, Uniform, UniformQuantizer
-from qat.recipe import Layout
+from qat.quantizers import Layout, Quantizer, UniformQuantizer
+from qat.sites.family import NormLink, family_of
+from qat.sites.insert import WeightSite, weight_sites
 
 CHECKED = 8  # images on which the float function is compared before and after
 
@@ -79,7 +78,7 @@ class RepQViT(PTQMethod):
             if link.linear is None:
                 continue
             site = model.get_submodule(f"{link.linear}.input_quant")
-            if not isinstance(site, UniformQuantizer) or site.layout.groups > 1:
+            if not isinstance(site, Quantizer) or site.spec.per_channel() is None or site.layout.groups > 1:
                 have = f"has {site.spec}" if isinstance(site, Quantizer) else "stays in floating point"
                 raise QatError(
                     f"RepQViT needs Uniform, granularity tensor, at '{link.linear}.input_quant', which {have}: "
@@ -106,10 +105,8 @@ def channel_wise(model: nn.Module, links: Iterable[NormLink]) -> Iterator[dict[s
 
 
 def _per_channel(quantizer: UniformQuantizer, channels: int) -> UniformQuantizer:
-    """The same codes with a step for each channel; only the mean of their zero points may be a fraction."""
-    zero = "integer" if quantizer.spec.zero == "fractional" else quantizer.spec.zero
-    spec: Uniform = replace(quantizer.spec, granularity="channel", zero=zero)
-    return spec.build(Layout(-1, channels, batched=True)).to(quantizer.step.device)
+    """The same codes with a step and a zero point for each channel."""
+    return quantizer.spec.per_channel().build(Layout(-1, channels, batched=True)).to(quantizer.step.device)
 
 
 @torch.no_grad()
@@ -117,9 +114,5 @@ def reparameterize(model: nn.Module, link: NormLink, channels: UniformQuantizer)
     """Fold scales and zero points (C,) of the output of a norm into it and its reader; one of each is left."""
     site = cast(UniformQuantizer, model.get_submodule(f"{link.linear}.input_quant"))
     step, zero = channels.step.double(), channels.zero_point.double()
-    mean_step, mean_zero = step.mean(), zero.mean()
-    if site.spec.zero != "fractional":
-        mean_zero = mean_zero.round()
+    mean_step, mean_zero = site.set_affine_(step.mean(), zero.mean())
     fold(model, link, ratio=step / mean_step, shift=step * (zero - mean_zero))
-    site.step.fill_(mean_step)
-    site.zero_point.fill_(mean_zero)

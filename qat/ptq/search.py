@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qat.ptq.quantiles import quantiles
-from qat.quantizers import LogIntSoftmax, Quantizer, Uniform
-from qat.recipe import Layout, Spec
+from qat.quantizers import Quantizer
+from qat.quantizers.spec import Table
 
 Ranges = tuple[Tensor, Tensor]  # low and high, both (K, G) or both (G,)
 Candidates = Callable[[Tensor], Ranges]  # samples (G, n) -> low, high (K, G)
@@ -44,28 +44,27 @@ def shrunk(low: Tensor, high: Tensor, factors: Sequence[float]) -> Ranges:
 
 
 @torch.no_grad()
-def errors(quantizer: Quantizer, samples: Tensor, low: Tensor, high: Tensor, power: float = 2.0) -> Tensor:
-    """The mean of |x - q(x)|**power over each group, (K, G), for each candidate range; the quantizer is not changed.
+def errors(quantizer: Quantizer, samples: Tensor, table: Table, power: float = 2.0) -> Tensor:
+    """The mean of |x - q(x)|**power over each group, (K, G), for each row of a table of parameters.
 
     Args:
-        quantizer: of a kind that is `ranged`, without `refine_`, that maps every value by itself or has a `grid`.
+        quantizer: maps every value by itself; it is not changed.
         samples: the values (G, n).
-        low: lower ends (K, G).
-        high: upper ends (K, G).
+        table: candidates (K, G) for its parameters, by name.
         power: 2 is the squared error.
     """
     groups, n = samples.shape
+    candidates = len(next(iter(table.values())))
     block = BLOCK.get(samples.device.type, OTHER_BLOCK)
-    columns = min(n, max(block // (len(low) * groups), COLUMNS))
+    columns = min(n, max(block // (candidates * groups), COLUMNS))
     together = max(1, block // (groups * columns))  # candidates
-    parts = zip(low.split(together), high.split(together), strict=True)
-    return torch.cat([_errors(quantizer.spec, samples, *ends, power, columns) for ends in parts])
+    parts = ({name: values[k : k + together] for name, values in table.items()} for k in range(0, candidates, together))
+    return torch.cat([_errors(quantizer.tried(part), samples, power, columns) for part in parts])
 
 
-def _errors(spec: Spec, samples: Tensor, low: Tensor, high: Tensor, power: float, columns: int) -> Tensor:
-    candidates, groups = low.shape
-    trial: Quantizer = grid(spec).build(Layout(0, candidates * groups, batched=False)).to(samples.device)
-    trial.set_range_(low.flatten(), high.flatten())
+def _errors(trial: Quantizer, samples: Tensor, power: float, columns: int) -> Tensor:
+    groups = len(samples)
+    candidates = trial.layout.groups // groups
     total = torch.zeros(candidates * groups, dtype=torch.float64, device=samples.device)
     for part in samples.split(columns, dim=1):
         x = part.expand(candidates, -1, -1).reshape(candidates * groups, -1)  # of a single group: no copy
@@ -73,29 +72,19 @@ def _errors(spec: Spec, samples: Tensor, low: Tensor, high: Tensor, power: float
     return total.view(candidates, groups) / samples.shape[1]
 
 
-def grid(spec: Spec) -> Spec:
-    """The kind whose error tells how good a range is: a softmax or a norm of integers divides its range uniformly."""
-    match spec:
-        case Uniform():
-            return Uniform(spec.bits, spec.signed, zero=spec.zero)
-        case LogIntSoftmax():
-            return Uniform(spec.logit_bits)
-        case _:
-            return spec
+def range_errors(quantizer: Quantizer, samples: Tensor, low: Tensor, high: Tensor, power: float = 2.0) -> Tensor:
+    """The errors (K, G) of the ranges low..high (K, G), on the grid that stands for the quantizer in a search."""
+    grid = quantizer.spec.search_grid.build(quantizer.layout).to(samples.device)
+    return errors(grid, samples, grid.from_range(low, high), power)
 
 
 def best_range(quantizer: Quantizer, samples: Tensor, low: Tensor, high: Tensor, power: float = 2.0) -> Ranges:
     """The first of the candidates (K, G) with the least error, for each group: low and high (G,)."""
     if len(low) == 1:
         return low[0], high[0]
-    found = errors(quantizer, samples, low, high, power).nan_to_num(nan=torch.inf)
+    found = range_errors(quantizer, samples, low, high, power).nan_to_num(nan=torch.inf)
     best = found.argmin(0, keepdim=True)
     return low.gather(0, best)[0], high.gather(0, best)[0]
-
-
-def refines(quantizer: Quantizer) -> bool:
-    """The range leaves something open, which the quantizer finds itself; its range is that of all values."""
-    return type(quantizer).refine_ is not Quantizer.refine_
 
 
 @torch.no_grad()
@@ -104,7 +93,7 @@ def fit_(quantizer: Quantizer, samples: Tensor, how: Candidates = full, power: f
     if not quantizer.ranged:
         quantizer.init_from(samples)
         return
-    how = full if refines(quantizer) else how
+    how = full if quantizer.refines else how
     quantizer.set_range_(*best_range(quantizer, samples, *how(samples), power))
     quantizer.refine_(samples)
 

@@ -1,4 +1,4 @@
-"""Where the error of a quantised model sits: the signal-to-noise ratio of every site, in decibels."""
+"""Where the error of a quantized model sits: the signal-to-noise ratio of every site, in decibels."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.insert import quantizers
 from qat.ptq.base import undisturbed
-from qat.quantizers import Quantizer
+from qat.sites.hooks import watching
+from qat.sites.insert import quantizers
 
 
 def site_errors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
-    """10 log10(signal / noise) of every quantised site, by name, in the order of the network.
+    """10 log10(signal / noise) of every quantized site, by name, in the order of the network.
 
     The signal is the sum of squares of what a quantizer approximates, in the model with all quantizers on; the noise is
     that of its error. A site without any error is left out: its ratio is infinite.
 
     Args:
         model: calibrated.
-        batches: normalised images (B, 3, S, S).
+        batches: normalized images (B, 3, S, S).
     """
     sums: dict[str, Tensor] = {}
     with undisturbed(model), torch.no_grad(), _summing(model, sums):
@@ -37,19 +37,15 @@ def site_errors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]
 def _summing(model: nn.Module, sums: dict[str, Tensor]) -> Iterator[None]:
     """Add squares of signal and error (2,) of every site to ``sums`` inside the block."""
 
-    def add(name: str, quantizer: Quantizer, args: tuple[Any, ...], out: Tensor) -> None:
+    sites = dict(quantizers(model))
+
+    def add(name: str, args: tuple[Any, ...], out: Tensor) -> None:
+        quantizer = sites[name]
         if not quantizer.layout.batched and name in sums:
             return  # a weight is the same for every batch
         target = quantizer.target(*args).double()
         both = torch.stack([target.square().sum(), (out.double() - target).square().sum()])
         sums[name] = sums[name] + both if name in sums else both
 
-    hooks = [
-        quantizer.register_forward_hook(lambda module, args, out, name=name: add(name, module, args, out))
-        for name, quantizer in quantizers(model)
-    ]
-    try:
+    with watching(sites, after=add):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

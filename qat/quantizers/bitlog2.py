@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
-from qat.quantizers.base import Quantizer
-from qat.recipe import Layout, Spec
+from qat.quantizers.layout import Layout
+from qat.quantizers.spec import Quantizer, Spec
 
 Form = Literal["single", "half"]
 MAX_BITLOG_BITS = 4
@@ -81,7 +81,7 @@ class BitLog2Quantizer(Quantizer):
     spec: BitLog2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantise ``x`` in float32 or better and return its own dtype."""
+        """Quantize ``x`` in float32 or better and return its own dtype."""
         if not self.enabled:
             return x
         out: Tensor = FakeBitLog2.apply(x, self.view(self.step, x), self.spec)
@@ -137,7 +137,7 @@ def leading_values(x: Tensor, spec: BitLog2) -> Tensor:
 
 
 def best_divisor(samples: Tensor, spec: BitLog2) -> Tensor:
-    """The integer D (G,), from the largest value to R - 1, that minimises sum (p - value / D)**2 of samples (G, n).
+    """The integer D (G,), from the largest value to R - 1, that minimizes sum (p - value / D)**2 of samples (G, n).
 
     The repository tries every integer; as a function of 1 / D the error is a parabola with its minimum at
     D = sum value**2 / sum p * value, so one of the two integers next to that is the best.
@@ -156,7 +156,7 @@ def _error(divisor: Tensor, square: Tensor, cross: Tensor) -> Tensor:
 
 
 class FakeBitLog2(torch.autograd.Function):
-    """Quantise and dequantise; keeps only ``x`` for backward and recomputes the rest."""
+    """Quantize and dequantize; keeps only ``x`` for backward and recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, spec: BitLog2) -> Tensor:

@@ -23,18 +23,18 @@ Both leave out the eps of LayerNorm; a token without variance gets beta. Shapes:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import kernels
 from qat.quantizers.integers import divide, isqrt, leading_bits, shift_right
-from qat.quantizers.kernels import Kernels
-from qat.quantizers.lsq import FakeQuantize
+from qat.quantizers.kernels import Bound
+from qat.quantizers.layout import Layout
 from qat.quantizers.uniform import Uniform, UniformQuantizer
-from qat.recipe import Layout
 
 Arithmetic = Literal["integer", "released"]
 MANTISSA = 8  # bits of M
@@ -77,6 +77,7 @@ class IntegerNormQuantizer(UniformQuantizer):
     """
 
     spec: IntegerNorm
+    reads_integers = True
 
     def forward(
         self, y: Tensor, integers: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
@@ -93,8 +94,7 @@ class IntegerNormQuantizer(UniformQuantizer):
             return y
         out = self.decode(self.encode(y, self._needed(integers), weight, bias)).to(y.dtype)
         gain = self.gain(y) if torch.is_grad_enabled() and self.step.requires_grad else 1.0
-        how = Kernels(lambda *_: out, kernels.gradients)
-        result: Tensor = FakeQuantize.apply(y, self.step, None, gain, self.bounds(y), how)
+        result: Tensor = Replaced.apply(y, self.step, out, gain, self.bounds(y))
         return result
 
     @torch.no_grad()
@@ -111,12 +111,35 @@ class IntegerNormQuantizer(UniformQuantizer):
         rounded = norm(integers.double(), gamma, beta).clamp_(*self.bounds(y))
         return (rounded + self.view(self.zero_point, y)).to(self.code_dtype)
 
+    def affine(self) -> None:
+        """None: a code depends on its whole row."""
+        return
+
     def _needed(self, integers: Tensor | None) -> Tensor:
         if integers is None:
             raise QatError(
                 "IntegerNorm computes with integers: give a spec to the site that the norm reads, or another here"
             )
         return integers
+
+
+class Replaced(torch.autograd.Function):
+    """Given values in the place of ``y``, with the gradients of `FakeQuantize`. It keeps ``y``, not the values."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, step: Tensor, values: Tensor, gain: float, bounds: tuple[Bound, Bound]) -> Tensor:
+        """``values``."""
+        ctx.save_for_backward(y, step)
+        ctx.gain, ctx.bounds = gain, bounds
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``y`` and ``step``."""
+        y, step = ctx.saved_tensors
+        d_y, d_step, _ = kernels.gradients(y, step, None, grads[0], *ctx.bounds)
+        return d_y, d_step * ctx.gain, None, None, None
 
 
 def moments(integers: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +149,7 @@ def moments(integers: Tensor) -> tuple[Tensor, Tensor]:
     squares = C * (integers * integers).sum(-1, keepdim=True)
     if (squares > MAX_SQUARES).any():
         raise QatError(
-            f"the integers of a LayerNorm over {C} channels reach {integers.abs().max():.0f}: quantise its input to "
+            f"the integers of a LayerNorm over {C} channels reach {integers.abs().max():.0f}: quantize its input to "
             "fewer bits, or to a range that contains zero"
         )
     return S, squares - S * S

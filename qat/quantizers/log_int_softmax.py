@@ -25,11 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import kernels
-from qat.quantizers.base import Quantizer
 from qat.quantizers.integers import EXACT_BITS, divide, rounded_log2, shift_right
-from qat.recipe import Layout, Spec
+from qat.quantizers.layout import Layout
+from qat.quantizers.spec import Quantizer, Spec, Table
+from qat.quantizers.uniform import Uniform
 
-Zero = Literal["last", "extra", "none"]
+SoftmaxZero = Literal["last", "extra", "none"]
 MAX_CODE_BITS = 8  # no v below 2**53 needs more than 6
 FINEST = 2.0**-10  # of the steps of exp: finer ones change no power of two, and take bits from n
 MAX_SHIFT = 30
@@ -52,12 +53,12 @@ class LogIntSoftmax(Spec):
 
     signed: bool = False
     logit_bits: int = 8
-    zero: Zero = "last"
+    zero: SoftmaxZero = "last"
     extra_bits: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("zero", Zero)
+        self.check_choice("zero", SoftmaxZero)
         if self.signed or self.granularity != "tensor":
             raise QatError("LogIntSoftmax has unsigned codes and one step: leave signed and granularity out")
         for field, value, low in (("logit_bits", self.logit_bits, 2), ("extra_bits", self.extra_bits, 0)):
@@ -70,6 +71,11 @@ class LogIntSoftmax(Spec):
     def levels(self) -> int:
         """``2**bits``, and one more for an extra zero."""
         return int(2**self.width) + (self.zero == "extra")
+
+    @property
+    def search_grid(self) -> Spec:
+        """The uniform grid of the logits."""
+        return Uniform(self.logit_bits)
 
     def build(self, layout: Layout) -> LogIntSoftmaxQuantizer:
         """The module."""
@@ -86,6 +92,8 @@ class LogIntSoftmaxQuantizer(Quantizer):
     spec: LogIntSoftmax
     zero_point: Tensor
     ranged = True
+    replaces_softmax = True
+    smallest_step = FINEST
 
     def __init__(self, spec: LogIntSoftmax, layout: Layout) -> None:
         super().__init__(spec, layout)
@@ -97,7 +105,7 @@ class LogIntSoftmaxQuantizer(Quantizer):
         Args:
             logits: (..., N).
             mask: floating point, added to the logits, broadcast over them: 0 where a key is seen and -100 or -inf
-                where it is not. It is rounded to integers of the step (FQ-ViT adds it to the quantised logits as it
+                where it is not. It is rounded to integers of the step (FQ-ViT adds it to the quantized logits as it
                 is, the same but for that rounding).
         """
         if not self.enabled:
@@ -150,15 +158,10 @@ class LogIntSoftmaxQuantizer(Quantizer):
         self.set_range_(samples.amin(1), samples.amax(1))
 
     @torch.no_grad()
-    def set_range_(self, low: Tensor, high: Tensor) -> None:
-        """Step and zero point of logits in low..high (1,), which need not contain zero: a softmax sees differences."""
-        self.step.copy_(((high - low) / (2**self.spec.logit_bits - 1)).clamp(min=FINEST))
-        self.zero_point.copy_((-low / self.step).round())
-
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Keep the step where exp has enough bits."""
-        self.step.clamp_(min=FINEST)
+    def from_range(self, low: Tensor, high: Tensor) -> Table:
+        """Step and zero point of logits in the range, which need not contain zero: a softmax sees differences."""
+        step = ((high - low) / (2**self.spec.logit_bits - 1)).clamp(min=FINEST)
+        return {"step": step, "zero_point": (-low / step).round()}
 
 
 class Exp(NamedTuple):
@@ -202,7 +205,7 @@ def _softmax(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class AsSoftmax(torch.autograd.Function):
-    """Quantised probabilities with the gradient of the float softmax, which backward computes again."""
+    """Quantized probabilities with the gradient of the float softmax, which backward computes again."""
 
     @staticmethod
     def forward(

@@ -27,10 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import kernels
-from qat.quantizers.base import MIN_STEP, Quantizer
-from qat.recipe import Layout, Spec
+from qat.quantizers.layout import Layout
+from qat.quantizers.spec import MIN_STEP, Quantizer, Spec, Table
 
-Zero = Literal["last", "extra", "rounded"]
+LogZero = Literal["last", "extra", "rounded"]
 MAX_LOG_BITS = 8  # the smallest value is step * 2**-127 already: float32 has nothing below
 FIELDS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}  # integer, mantissa, bias
 
@@ -46,11 +46,11 @@ class LogSqrt2(Spec):
     """
 
     signed: bool = False
-    zero: Zero = "last"
+    zero: LogZero = "last"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("zero", Zero)
+        self.check_choice("zero", LogZero)
         if self.signed:
             raise QatError("signed is True: codes of LogSqrt2 are unsigned, leave signed out")
         if isinstance(self.bits, int) and self.bits > MAX_LOG_BITS:
@@ -83,7 +83,7 @@ class LogSqrt2Quantizer(Quantizer):
     ranged = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantise ``x`` in float32 or better and return its own dtype."""
+        """Quantize ``x`` in float32 or better and return its own dtype."""
         if not self.enabled:
             return x
         out: Tensor = FakeLogSqrt2.apply(x, self.view(self.step, x), self.spec)
@@ -108,9 +108,9 @@ class LogSqrt2Quantizer(Quantizer):
         self.set_range_(samples.amin(1), samples.amax(1))
 
     @torch.no_grad()
-    def set_range_(self, low: Tensor, high: Tensor) -> None:
-        """Code 0 stands for ``high`` (G,); the smallest value follows from it."""
-        self.step.copy_(high.clamp(min=MIN_STEP))
+    def from_range(self, low: Tensor, high: Tensor) -> Table:
+        """Code 0 stands for ``high``; the smallest value follows from it."""
+        return {"step": high.clamp(min=MIN_STEP)}
 
 
 def roots(x: Tensor, step: Tensor, spec: LogSqrt2) -> Tensor:
@@ -131,7 +131,7 @@ def roots(x: Tensor, step: Tensor, spec: LogSqrt2) -> Tensor:
 
 
 class FakeLogSqrt2(torch.autograd.Function):
-    """Quantise and dequantise; keeps only ``x`` for backward and recomputes the rest."""
+    """Quantize and dequantize; keeps only ``x`` for backward and recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, spec: LogSqrt2) -> Tensor:

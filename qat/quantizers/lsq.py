@@ -23,12 +23,13 @@ from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import fitting, kernels
-from qat.quantizers.base import MIN_STEP, Quantizer
 from qat.quantizers.kernels import Bound, Kernels
-from qat.recipe import Layout, Spec
+from qat.quantizers.layout import Layout
+from qat.quantizers.spec import MIN_STEP, Affine, Quantizer, Spec, Table
 
 GradScale = Literal["l1", "numel", "vvtq_act", "none"]
 Init = Literal["mse", "lsq", "lsq_plus", "percentile"]
+MIN_NORM = 1e-6  # of a group of weights: the gain of an all-zero one stays finite
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,12 @@ class LSQ(Spec):
 
     @property
     def movable(self) -> bool:
-        """The range may lie anywhere."""
+        """Only an offset lets a range lie anywhere."""
         return self.offset
+
+    def describe_range(self) -> str:
+        """The codes, and whether an offset is learned."""
+        return super().describe_range() + (" +offset" if self.offset else "")
 
     def build(self, layout: Layout) -> LSQQuantizer:
         """The module; QatError when ``grad_scale: l1`` is asked of an activation."""
@@ -74,6 +79,7 @@ class LSQQuantizer(Quantizer):
 
     spec: LSQ
     ranged = True
+    even_grid = True
 
     def __init__(self, spec: LSQ, layout: Layout) -> None:
         super().__init__(spec, layout)
@@ -82,7 +88,7 @@ class LSQQuantizer(Quantizer):
         self.offset = nn.Parameter(torch.full((layout.groups,), torch.nan)) if spec.offset else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantise ``x`` in float32 or better and return its own dtype."""
+        """Quantize ``x`` in float32 or better and return its own dtype."""
         if not self.enabled:
             return x
         step = self.view(self.step, x)
@@ -107,47 +113,56 @@ class LSQQuantizer(Quantizer):
         values = codes.to(self.step.dtype) * self.view(self.step, codes)
         return values if self.offset is None else values + self.view(self.offset, codes)
 
-    def compile_(self) -> None:
-        """Use compiled arithmetic from now on; QatError where there is no compiler."""
-        kernels.compiled()
+    def compile_(self) -> bool:
+        """Use compiled arithmetic from now on."""
         self.compiled = True
+        return True
+
+    def affine(self) -> Affine | None:
+        """The step and a zero point of zero; None with an offset, which is no whole number of steps."""
+        if self.offset is not None:
+            return None
+        axis = None if self.layout.groups == 1 else self.layout.axis
+        return Affine(self.step.detach(), torch.zeros_like(self.step), axis, self.qmin, self.qmax)
+
+    @property
+    def whole_steps(self) -> bool:
+        """One step, and no offset."""
+        return self.offset is None and self.step.numel() == 1
 
     @torch.no_grad()
     def gain(self, x: Tensor) -> float | Tensor:
         """Gain of the step's gradient, shaped to broadcast over ``x``."""
         if not x.numel():
             return 1.0  # an empty batch has no gradient to scale
-        values = x.numel() // self.layout.groups
         match self.spec.grad_scale:
             case "numel":
-                return 1 / sqrt((values // x.shape[0] if self.layout.batched else values) * self.qmax)
+                return super().gain(x)
             case "l1":
-                norm = self.grouped(x.float()).abs().sum(1).clamp_(min=MIN_STEP)
+                norm = self.grouped(x.float()).abs().sum(1).clamp_(min=MIN_NORM)
                 return self.view((norm * self.qmax).rsqrt(), x)
             case "vvtq_act":
-                return 1 / (sqrt(values) * self.qmax)
+                return 1 / (sqrt(x.numel() // self.layout.groups) * self.qmax)
             case _:
                 return 1.0
 
     @torch.no_grad()
     def init_from(self, samples: Tensor) -> None:
         """Choose step and offset from samples (G, n) with the method that the spec names."""
-        step, offset = fitting.fit(samples.float(), self.spec, self.layout.batched)
-        self.step.copy_(step.clamp(min=MIN_STEP))
-        if self.offset is not None:
-            self.offset.copy_(offset)
+        self.set_(self._table(*fitting.fit(samples.float(), self.spec, self.layout.batched)))
 
     @torch.no_grad()
-    def set_range_(self, low: Tensor, high: Tensor) -> None:
-        """The smallest step, and the offset if any, whose values span low..high (G,) as far as the sign allows."""
-        step, offset = fitting.from_range(low, high, self.spec)
-        self.step.copy_(step.clamp(min=MIN_STEP))
-        if self.offset is not None:
-            self.offset.copy_(offset)
+    def from_range(self, low: Tensor, high: Tensor) -> Table:
+        """The smallest step, and the offset if any, whose values span low..high as far as the sign allows."""
+        return self._table(*fitting.from_range(low, high, self.spec))
+
+    def _table(self, step: Tensor, offset: Tensor) -> Table:
+        table = {"step": step.clamp(min=MIN_STEP)}
+        return table if self.offset is None else table | {"offset": offset}
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Quantise and dequantise; keeps only ``x`` for backward and recomputes the rest."""
+    """Quantize and dequantize; keeps only ``x`` for backward and recomputes the rest."""
 
     @staticmethod
     def forward(

@@ -11,7 +11,6 @@ calibration and stay. Shapes: C channels, n values in a channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import Literal
 
 import torch
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 
 from qat.errors import QatError
 from qat.quantizers import kernels
-from qat.quantizers.base import MIN_STEP, Quantizer
+from qat.quantizers.layout import Granularity, Layout
 from qat.quantizers.lsq import FakeQuantize
-from qat.recipe import Granularity, Layout, Spec
+from qat.quantizers.spec import MIN_RANGE, MIN_STEP, Affine, Quantizer, Spec
 
-Zero = Literal["code", "clipped"]
+PTFZeroPoint = Literal["code", "clipped"]
 MAX_FACTORS = 7
 
 
@@ -40,11 +39,11 @@ class PTF(Spec):
     signed: bool = False
     granularity: Granularity = "channel"
     factors: int = 3
-    zero: Zero = "code"
+    zero: PTFZeroPoint = "code"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("zero", Zero)
+        self.check_choice("zero", PTFZeroPoint)
         if self.signed:
             raise QatError("signed is True: codes of PTF are unsigned, leave signed out")
         if self.granularity != "channel":
@@ -64,6 +63,7 @@ class PTFQuantizer(Quantizer):
     zero_point: Tensor
     shift: Tensor
     ranged = True
+    refines = True
 
     def __init__(self, spec: PTF, layout: Layout) -> None:
         super().__init__(spec, layout)
@@ -72,7 +72,7 @@ class PTFQuantizer(Quantizer):
         self.register_buffer("shift", torch.full((layout.groups,), torch.nan))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantise ``x`` in float32 or better and return its own dtype."""
+        """Quantize ``x`` in float32 or better and return its own dtype."""
         if not self.enabled:
             return x
         learns = torch.is_grad_enabled() and self.step.requires_grad
@@ -108,10 +108,15 @@ class PTFQuantizer(Quantizer):
         """The values as integers in units of ``step``, (code - zero) << shift, exact in float32."""
         return self.centred(x) * self.view(self.shift.exp2(), x)
 
-    def gain(self, x: Tensor) -> float:
-        """Gain of the step's gradient: 1/sqrt(values per step * qmax), as for `LSQ`; all channels share the step."""
-        values = x.numel() // (len(x) or 1) if self.layout.batched else x.numel()
-        return 1 / sqrt(values * self.spec.qmax) if values else 1.0
+    def affine(self) -> Affine | None:
+        """A step for each channel, the same zero point for all."""
+        zero = self.zero_point.expand_as(self.shift)
+        return Affine(self.channel_step.detach(), zero, self.layout.axis, self.spec.qmin, self.spec.qmax)
+
+    @property
+    def whole_steps(self) -> bool:
+        """The step of a channel is a power of two times the base step."""
+        return True
 
     @torch.no_grad()
     def init_from(self, samples: Tensor) -> None:
@@ -124,7 +129,7 @@ class PTFQuantizer(Quantizer):
         """Step and zero point of the union of the ranges low..high (C,), and the smallest shift that holds each."""
         steps, coarsest = self.spec.qmax, 2**self.spec.factors
         bottom, top = low.amin(), high.amax()
-        if self.spec.zero == "code" or top - bottom <= MIN_STEP:
+        if self.spec.zero == "code" or top - bottom <= MIN_RANGE:
             bottom, top = bottom.clamp(max=0), top.clamp(min=0)
         self.step.copy_(((top - bottom) / steps / coarsest).clamp(min=MIN_STEP))
         self.zero_point.copy_((-bottom / (self.step * coarsest)).round().clamp(0, steps))

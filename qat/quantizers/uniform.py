@@ -8,8 +8,7 @@ is chosen by calibration and stays. Shapes: G groups that share a step, n values
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from qat.errors import QatError
 from qat.quantizers import kernels
-from qat.quantizers.base import MIN_STEP, Quantizer
 from qat.quantizers.kernels import Bound
+from qat.quantizers.layout import Layout
 from qat.quantizers.lsq import FakeQuantize
-from qat.recipe import Layout, Spec
+from qat.quantizers.spec import MIN_RANGE, MIN_STEP, Affine, Quantizer, Spec, Table
 
-NARROW = 2**-10
-Zero = Literal["integer", "code", "clipped", "fractional", "none"]
+NARROW = 2**-10  # of the larger end: a range that is narrower is almost a point
+ZeroPoint = Literal["integer", "code", "clipped", "fractional", "none"]
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,27 @@ class Uniform(Spec):
     """
 
     signed: bool = False
-    zero: Zero = "integer"
+    zero: ZeroPoint = "integer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("zero", Zero)
+        self.check_choice("zero", ZeroPoint)
         if self.zero == "fractional" and self.signed:
             raise QatError("zero: fractional is defined for unsigned codes: leave signed out")
 
     @property
     def movable(self) -> bool:
-        """The range may lie anywhere."""
+        """Only a zero point lets a range lie anywhere."""
         return self.zero != "none"
+
+    @property
+    def search_grid(self) -> Spec:
+        """The plain grid: that of a norm of integers is the same."""
+        return Uniform(self.bits, self.signed, zero=self.zero)
+
+    def per_channel(self) -> Uniform:
+        """The same codes with a step for each channel; only the mean of their zero points may be a fraction."""
+        return replace(self, granularity="channel", zero="integer" if self.zero == "fractional" else self.zero)
 
     @property
     def steps(self) -> int:
@@ -72,7 +80,7 @@ class Uniform(Spec):
             reach = torch.maximum(low.abs(), high.abs()) * 2 if self.signed else high
             return (reach / self.steps).clamp(min=MIN_STEP), torch.zeros_like(low)
         point = torch.maximum(low.abs(), high.abs()) * NARROW  # a dead channel: its zero point would be astronomic
-        widened = (high - low <= point.clamp(min=MIN_STEP)) | (self.zero == "code")
+        widened = (high - low <= point.clamp(min=MIN_RANGE)) | (self.zero == "code")
         low, high = torch.where(widened, low.clamp(max=0), low), torch.where(widened, high.clamp(min=0), high)
         step = ((high - low) / self.steps).clamp(min=MIN_STEP)
         zero = self.qmin - low / step
@@ -93,7 +101,7 @@ class UniformQuantizer(Quantizer):
         self.register_buffer("zero_point", torch.full((layout.groups,), torch.nan))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantise ``x`` in float32 or better and return its own dtype."""
+        """Quantize ``x`` in float32 or better and return its own dtype."""
         if not self.enabled:
             return x
         learns = torch.is_grad_enabled() and self.step.requires_grad
@@ -117,13 +125,20 @@ class UniformQuantizer(Quantizer):
         """Values, float32, of codes in the shape of the tensor they came from."""
         return (codes.to(self.step.dtype) - self.view(self.zero_point, codes)) * self.view(self.step, codes)
 
-    def gain(self, x: Tensor) -> float:
-        """Gain of the step's gradient: 1/sqrt(values per step * codes above zero), as for `LSQ`."""
-        values = x.numel() // self.layout.groups
-        if not values:
-            return 1.0
-        top = self.spec.qmax if self.spec.signed else self.spec.steps
-        return 1 / sqrt((values // x.shape[0] if self.layout.batched else values) * top)
+    @property
+    def top(self) -> int:
+        """The largest code, without the level that a fractional zero point adds."""
+        return self.spec.qmax if self.spec.signed else self.spec.steps
+
+    def affine(self) -> Affine | None:
+        """Step and zero point."""
+        axis = None if self.layout.groups == 1 else self.layout.axis
+        return Affine(self.step.detach(), self.zero_point, axis, self.spec.qmin, self.spec.qmax)
+
+    @property
+    def whole_steps(self) -> bool:
+        """One step, and a zero point that is a whole number."""
+        return self.step.numel() == 1
 
     @torch.no_grad()
     def init_from(self, samples: Tensor) -> None:
@@ -131,11 +146,21 @@ class UniformQuantizer(Quantizer):
         self.set_range_(samples.amin(1), samples.amax(1))
 
     @torch.no_grad()
-    def set_range_(self, low: Tensor, high: Tensor) -> None:
-        """Step and zero point of the range low..high (G,)."""
+    def from_range(self, low: Tensor, high: Tensor) -> Table:
+        """Step and zero point of the range."""
         step, zero = self.spec.from_range(low, high)
-        self.step.copy_(step)
-        self.zero_point.copy_(zero)
+        return {"step": step, "zero_point": zero}
+
+    @torch.no_grad()
+    def set_affine_(self, step: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Set one step and one zero point, the nearest whole number; both are returned in the precision given."""
+        zero_point = self._legal(zero_point)
+        self.step.fill_(step)
+        self.zero_point.fill_(zero_point)
+        return step, zero_point
+
+    def _legal(self, zero_point: Tensor) -> Tensor:
+        return zero_point.round()
 
 
 class FractionalQuantizer(UniformQuantizer):
@@ -160,6 +185,18 @@ class FractionalQuantizer(UniformQuantizer):
         """Values, float32."""
         v = codes.to(self.step.dtype) - 1 + self._first(codes)
         return v.clamp(*self.bounds(codes)) * self.view(self.step, codes)
+
+    def affine(self) -> None:
+        """None: the zero point is not a whole number."""
+        return
+
+    @property
+    def whole_steps(self) -> bool:
+        """False: the ends of the range lie off the grid."""
+        return False
+
+    def _legal(self, zero_point: Tensor) -> Tensor:
+        return zero_point
 
     def _first(self, x: Tensor) -> Tensor:
         """The smallest integer above the lower end; an end on the grid is code 0."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qat.callbacks.gradient_ratio import gradient_ratios
-from qat.cli import QatCLI, run
+from qat.cli.main import QatCLI, run
 from qat.errors import QatError
 
 

@@ -12,16 +12,16 @@ import torch
 
 from qat import checkpoint
 from qat.callbacks import IterativeFreezing, OscillationTracker
-from qat.cli import QatCLI, main, run
+from qat.cli.main import QatCLI, main, run
 from qat.errors import QatError
-from qat.insert import weight_sites
-from qat.module import QATModule
+from qat.sites.insert import weight_sites
+from qat.training.module import QATModule
 
 STEPS = 50
 
 
 class Watch(L.Callback):
-    """Every code and step after every optimiser step, and what was frozen by then."""
+    """Every code and step after every optimizer step, and what was frozen by then."""
 
     def __init__(self, freezing: IterativeFreezing) -> None:
         self.freezing = freezing

@@ -1,4 +1,4 @@
-"""What every quantised model family promises, on tiny models. Shapes: B images, N tokens, C channels."""
+"""What every quantized model family promises, on tiny models. Shapes: B images, N tokens, C channels."""
 
 import copy
 import io
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qat.models  # noqa: F401  registers the families
-from qat.insert import FAMILIES, quantize, quantizers, switched_off
 from qat.models import build_float
 from qat.ptq import InitSteps
 from qat.quantizers import LSQ
 from qat.recipe import Rule, build_recipe
+from qat.sites.insert import FAMILIES, quantize, quantizers, switched_off
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 TINY_SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}
@@ -118,7 +118,7 @@ def test_switched_off_the_model_is_the_float_model(name):
 
 @every_model
 @torch.no_grad()
-def test_without_quantised_probabilities_it_is_the_float_model_exactly(name):
+def test_without_quantized_probabilities_it_is_the_float_model_exactly(name):
     model = float_model(name)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -304,7 +304,7 @@ def test_masks_mean_what_they_mean_in_timm(name, mask, fused):
     "mask", [{"is_causal": True}, {"attn_mask": torch.ones(17, 17, dtype=torch.bool).tril()}], ids=str
 )
 @torch.no_grad()
-def test_quantised_scores_do_not_let_masked_tokens_through(mask):
+def test_quantized_scores_do_not_let_masked_tokens_through(mask):
     model = quantize(float_model("deit"), [Rule("*.attn.scores_quant", LSQ(4, init="lsq"))])
     InitSteps()(model, [images(4)])
     x = torch.randn(1, 17, 24, generator=torch.Generator().manual_seed(3))

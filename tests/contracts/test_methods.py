@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import qat.ptq
-from qat.insert import quantize, quantizers, switched_off
 from qat.models import build_float
 from qat.models.vit import QuantBlock
 from qat.ptq import InitSteps, Observe, OutputSearch, PTQMethod, RepQViT
 from qat.recipe import Rule, build_recipe
+from qat.sites.insert import quantize, quantizers, switched_off
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import qat.quantizers  # noqa: F401  registers the kinds
 from qat.quantizers import Quantizer
-from qat.recipe import Layout, Spec
+from qat.quantizers.spec import Layout, Spec
 
 # Options of each kind worth a run of their own. A kind that has only one sign fixes it here: {"signed": False}.
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
@@ -144,7 +144,7 @@ def test_memory_order_does_not_matter(case):
 
 
 @every_case
-def test_quantising_twice_changes_nothing(case):
+def test_quantizing_twice_changes_nothing(case):
     if dict(case.options).get("zero") == "fractional":
         pytest.skip("a zero point that is no integer puts the ends of the range off the grid")
     if case.kind == "BitLog2":

@@ -9,8 +9,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
 
-from qat.data.crops import Crop, CropLaw, draw, replay, rng_for
+from qat.data.crops import Crop, CropLaw, draw, replay
 from qat.data.decode import to_image, to_tensor
+from qat.data.streams import rng_for
 from qat.errors import QatError
 
 

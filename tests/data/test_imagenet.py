@@ -14,7 +14,8 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from qat.data.folder import find_images
-from qat.data.imagenet import Batch, ImageNetDataModule
+from qat.data.imagenet import ImageNetDataModule
+from qat.data.images import Batch
 from qat.errors import QatError
 
 IMAGENET = Path(__file__).parents[3] / "shared" / "data" / "imagenet"

@@ -6,9 +6,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qat.errors import QatError
-from qat.insert import quantize
 from qat.models import build_float, default_preprocessing, param_groups, read_weights
 from qat.recipe import build_recipe
+from qat.sites.insert import quantize
 
 DEIT, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -99,7 +99,7 @@ def test_pretrained_weights_with_other_classes_are_refused_before_any_download()
         build_float(DEIT, "pretrained", 7)
 
 
-def test_a_quantised_checkpoint_points_to_ckpt(tmp_path):
+def test_a_quantized_checkpoint_points_to_ckpt(tmp_path):
     model = quantize(tiny(), build_recipe("vvtq", w_bits=4, a_bits=4))
     with pytest.raises(QatError, match=r"unexpected .*it holds quantizer steps.* use --ckpt"):
         tiny(saved(model.state_dict(), tmp_path / "deit.ckpt"))

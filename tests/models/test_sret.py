@@ -1,4 +1,4 @@
-"""The quantised SReT: blocks that are applied twice, and evaluation that depends on nothing but the image."""
+"""The quantized SReT: blocks that are applied twice, and evaluation that depends on nothing but the image."""
 
 import copy
 
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.insert import quantize, quantizers, switched_off
 from qat.models import attention, layers
 from qat.ptq import InitSteps
 from qat.quantizers import LSQ
 from qat.recipe import Rule, build_recipe
+from qat.sites.insert import quantize, quantizers, switched_off
 from tests.models.sret_weights import images, tiny
 
 
@@ -91,8 +91,8 @@ def test_gradients_of_both_applications_are_added(monkeypatch):
     model, grads = calibrated(), []
     for plain in (False, True):
         if plain:
-            monkeypatch.setattr(attention, "product", keep_everything)
-            monkeypatch.setattr(layers, "product", keep_everything)
+            monkeypatch.setattr(attention, "recompute_operands", keep_everything)
+            monkeypatch.setattr(layers, "recompute_operands", keep_everything)
         model.zero_grad()
         model(images()).square().sum().backward()
         grads.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})

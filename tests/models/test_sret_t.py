@@ -1,4 +1,4 @@
-"""SReT-T in its full size: logits of the official code on formula weights, float and quantised; size and cost."""
+"""SReT-T in its full size: logits of the official code on formula weights, float and quantized; size and cost."""
 
 import copy
 from functools import cache
@@ -8,11 +8,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from qat.describe import cost
-from qat.insert import quantize, quantizers, weight_sites
 from qat.models import param_groups
 from qat.models.sret_float import SReT
 from qat.recipe import build_recipe
+from qat.sites.describe import cost
+from qat.sites.insert import quantize, quantizers, weight_sites
 from tests.formula import f as formula
 from tests.models.sret_weights import double, fill
 
@@ -94,7 +94,7 @@ def official_step(values: Tensor, bits: int) -> Tensor:
 
 
 def start_as_the_official_code(quantizer: nn.Module, args: tuple[Tensor]) -> None:
-    """In the first application: later ones find the step there. Earlier sites quantise already."""
+    """In the first application: later ones find the step there. Earlier sites quantize already."""
     if quantizer.step.isnan().any():
         quantizer.step.copy_(official_step(quantizer.grouped(args[0]), quantizer.spec.width))
         if quantizer.offset is not None:
@@ -118,7 +118,7 @@ STEPS = {
 
 @pytest.mark.parametrize("bits", QUANTISED)
 @torch.no_grad()
-def test_quantised_logits_are_those_of_the_official_code(bits):
+def test_quantized_logits_are_those_of_the_official_code(bits):
     model = quantize(full(), build_recipe("vvtq", w_bits=bits, a_bits=bits)).double()
     for site in weight_sites(model):
         site.quantizer.step.copy_(official_step(site.quantizer.grouped(site.weight), site.quantizer.spec.width))

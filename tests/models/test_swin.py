@@ -15,13 +15,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from qat.describe import as_table, cost, describe
 from qat.errors import QatError
-from qat.insert import quantize, quantizers, switched_off
 from qat.models import build_float, param_groups
 from qat.ptq import InitSteps
 from qat.quantizers import LSQ, Quantizer
 from qat.recipe import Rule, build_recipe
+from qat.sites.describe import as_table, cost, describe
+from qat.sites.insert import quantize, quantizers, switched_off
 
 SWIN_T = "swin_tiny_patch4_window7_224"
 TINY = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}
@@ -85,7 +85,7 @@ def loop(attn: nn.Module, x: Tensor, s: int, shift: int) -> Tensor:
 
 
 def grid(site: nn.Module, x: Tensor, head: int) -> Tensor:
-    """Quantise with the step of one head, as the formula says."""
+    """Quantize with the step of one head, as the formula says."""
     if not isinstance(site, Quantizer):
         return x
     step = site.step[head]
@@ -93,12 +93,12 @@ def grid(site: nn.Module, x: Tensor, head: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shift", [0, 2])
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @torch.no_grad()
-def test_a_window_attends_as_a_loop_over_windows_and_heads_does(shift, quantised):
+def test_a_window_attends_as_a_loop_over_windows_and_heads_does(shift, quantized):
     signed, unsigned = LSQ(4, granularity="head", init="lsq"), LSQ(4, signed=False, granularity="head", init="lsq")
     sites = {"[qkv]_quant": signed, "scores_quant": signed, "probs_quant": unsigned}
-    model = quantize(tiny(), [Rule(f"*.attn.{site}", spec) for site, spec in sites.items()] if quantised else [])
+    model = quantize(tiny(), [Rule(f"*.attn.{site}", spec) for site, spec in sites.items()] if quantized else [])
     InitSteps()(model, [images()])
     model.double()
     block = model.layers[0].blocks[shift // 2]
@@ -106,12 +106,12 @@ def test_a_window_attends_as_a_loop_over_windows_and_heads_does(shift, quantised
     x = torch.randn(2, 16, 16, 12, generator=torch.Generator().manual_seed(3)).double()
     expected = torch.stack([loop(block.attn, image, 4, shift) for image in x])
     torch.testing.assert_close(block.attend_windows(x), expected, rtol=0, atol=1e-12)
-    if quantised:
+    if quantized:
         assert all(len(block.attn.get_submodule(f"{name}_quant").step.unique()) == 2 for name in ("q", "k", "v"))
 
 
 @torch.no_grad()
-def test_quantised_scores_do_not_let_tokens_through_that_meet_because_the_grid_wraps():
+def test_quantized_scores_do_not_let_tokens_through_that_meet_because_the_grid_wraps():
     model = quantize(tiny(), [Rule("*.attn.scores_quant", LSQ(4, init="lsq"))])
     InitSteps()(model, [images()])
     block = model.layers[0].blocks[1]

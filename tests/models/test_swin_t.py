@@ -1,4 +1,4 @@
-"""Swin-T as published: what is quantised, what it costs, and the logits of the official code of VVTQ."""
+"""Swin-T as published: what is quantized, what it costs, and the logits of the official code of VVTQ."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.describe import cost, summary
-from qat.insert import quantize, quantizers
 from qat.models import build_float
 from qat.quantizers import Quantizer
 from qat.recipe import Rule, build_recipe
+from qat.sites.describe import cost, summary
+from qat.sites.insert import quantize, quantizers
 from tests import formula
 
 SWIN_T = "swin_tiny_patch4_window7_224"
@@ -36,7 +36,7 @@ def swin_t(bits: int = 4) -> nn.Module:
         return quantize(build_float(SWIN_T, None), vvtq(bits=bits))
 
 
-def test_what_is_quantised_in_swin_tiny():
+def test_what_is_quantized_in_swin_tiny():
     model = swin_t()
     assert summary(model) == "weights 48 at 4 bit + 5 at 8 bit, activations 96 at 4 bit + 5 at 8 bit"
     steps, values = Counter(), Counter()
@@ -107,7 +107,7 @@ def test_the_float_model_gives_the_logits_of_the_official_code():
 
 
 @torch.no_grad()
-def test_the_quantised_model_gives_the_logits_of_the_official_code():
+def test_the_quantized_model_gives_the_logits_of_the_official_code():
     model = quantize(of_formula(), vvtq(AS_VVTQ)).double()
 
     def first_step(quantizer: Quantizer, x: Tensor) -> None:

@@ -34,8 +34,8 @@ def fill() -> Table:
     return filled(shapes())
 
 
-def quantised(w_bits: int = 4, a_bits: int = 4, switch: bool = False) -> Table:
-    return layouts.quantised(fill(), OTHERS, w_bits, a_bits, switch)
+def quantized(w_bits: int = 4, a_bits: int = 4, switch: bool = False) -> Table:
+    return layouts.quantized(fill(), OTHERS, w_bits, a_bits, switch)
 
 
 class DeiT(Official):

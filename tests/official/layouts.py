@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.insert import quantizers, raise_for_uncalibrated
 from qat.official import convert
+from qat.sites.insert import quantizers, raise_for_uncalibrated
 from tests import formula
 
 Table = dict[str, Tensor]
@@ -70,7 +70,7 @@ def owners(table: Table, others: Iterable[str]) -> tuple[list[str], list[str]]:
     return linear, activations
 
 
-def quantised(table: Table, others: Iterable[str], w_bits: int = 4, a_bits: int = 4, switch: bool = False) -> Table:
+def quantized(table: Table, others: Iterable[str], w_bits: int = 4, a_bits: int = 4, switch: bool = False) -> Table:
     """The float weights and VVTQ's quantizers, float64: weights with a step, activations not yet."""
     weights, activations = owners(table, others)
     table = dict(table)
@@ -113,7 +113,7 @@ def count(table: Table, end: str) -> int:
 
 
 def model_of(table: Table, **options: object) -> nn.Module:
-    """The model of a quantised table, loaded strictly."""
+    """The model of a quantized table, loaded strictly."""
     converted = convert(table, **options)
     assert converted.card is not None
     model = converted.card.build()

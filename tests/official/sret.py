@@ -65,8 +65,8 @@ def fill() -> Table:
     return with_second_names(distinct())
 
 
-def quantised(w_bits: int = 4, a_bits: int = 4, switch: bool = False) -> Table:
-    return with_second_names(layouts.quantised(distinct(), OTHERS, w_bits, a_bits, switch))
+def quantized(w_bits: int = 4, a_bits: int = 4, switch: bool = False) -> Table:
+    return with_second_names(layouts.quantized(distinct(), OTHERS, w_bits, a_bits, switch))
 
 
 class SReT(Official):

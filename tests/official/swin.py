@@ -66,8 +66,8 @@ def fill() -> Table:
     return table
 
 
-def quantised(w_bits: int = 4, a_bits: int = 4, switch: bool = False) -> Table:
-    table = layouts.quantised(fill(), OTHERS, w_bits, a_bits, switch)
+def quantized(w_bits: int = 4, a_bits: int = 4, switch: bool = False) -> Table:
+    table = layouts.quantized(fill(), OTHERS, w_bits, a_bits, switch)
     table["patch_embed.quant.alpha"].zero_()  # never called
     return table
 

@@ -15,7 +15,7 @@ from qat.models import build_float
 from qat.official import conversion, convert
 from qat.recipe import build_recipe
 from tests.formula import images
-from tests.official.deit import DEPTH, LOGITS, OTHERS, TINY, DeiT, fill, quantised, shapes
+from tests.official.deit import DEPTH, LOGITS, OTHERS, TINY, DeiT, fill, quantized, shapes
 from tests.official.layouts import (
     CLASSES,
     Found,
@@ -35,7 +35,7 @@ from tests.official.layouts import (
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[Table, Tensor]:
     """A W4A4 table whose activations took their steps from `images`, and the logits of that pass, float64."""
-    table = quantised()
+    table = quantized()
     return table, DeiT(table)(images())
 
 
@@ -57,7 +57,7 @@ def test_the_forward_pass_written_here_is_that_of_the_official_code(calibrated):
 def test_the_converted_model_computes_what_the_official_one_does(table32, switch):
     if switch:
         steps = {name: value for name, value in table32.items() if not name.endswith(".beta")}
-        table32 = float32(quantised(switch=True)) | steps
+        table32 = float32(quantized(switch=True)) | steps
     table = with_offsets(table32, -0.17)
     image = images()[:1]
     # in float64: the fused projection adds in another order, which moves sums by 1e-16, and in float32 by 1e-7, where
@@ -74,14 +74,14 @@ def test_the_table_written_here_has_the_counts_of_an_official_file(table32):
     assert (bits.count(4), bits.count(8)) == (168, 4)
     assert sum(value.numel() for name, value in table32.items() if not name.endswith("init_state")) == 5_718_876
     assert sum(value.numel() for value in fill().values()) == 5_717_416
-    switched = quantised(switch=True)
+    switched = quantized(switch=True)
     assert (len(switched), count(switched, "beta")) == (801, 85)
     assert [len(names) for names in owners(fill(), OTHERS)] == [74, 98]
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits", "switch"), [(2, 3, False), (4, 2, True), (8, 4, False)])
 def test_every_quantizer_finds_its_site(w_bits, a_bits, switch):
-    found = Found(numbered(quantised(w_bits, a_bits, switch)), w_bits, a_bits, switch)
+    found = Found(numbered(quantized(w_bits, a_bits, switch)), w_bits, a_bits, switch)
     assert len(found.left) == 172 - 2 * DEPTH
     for i in range(DEPTH):
         found.attention(f"blocks.{i}.attn", f"blocks.{i}.attn")
@@ -141,7 +141,7 @@ def test_options_of_other_families_are_refused(table32):
         convert(table32, reduction_bits="trained")
     with pytest.raises(QatError, match=r"deit_tiny_patch16_224 does not take .'eval_permutation'"):
         convert(table32, model_args={"eval_permutation": "identity"})
-    with pytest.raises(QatError, match=r"reduction_bits 'trained' is kept with a quantised model.*float"):
+    with pytest.raises(QatError, match=r"reduction_bits 'trained' is kept with a quantized model.*float"):
         convert(float32(fill()), reduction_bits="trained")
 
 

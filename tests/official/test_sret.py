@@ -28,7 +28,7 @@ from tests.official.layouts import (
     spoilt,
     with_offsets,
 )
-from tests.official.sret import LOGITS, OTHERS, SRET_T, STAGES, SReT, distinct, fill, quantised, shapes
+from tests.official.sret import LOGITS, OTHERS, SRET_T, STAGES, SReT, distinct, fill, quantized, shapes
 
 IDENTITY = {"eval_permutation": "identity"}
 
@@ -36,7 +36,7 @@ IDENTITY = {"eval_permutation": "identity"}
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[Table, Tensor]:
     """A W4A4 table whose activations took their steps from `images`, and the logits of that pass, float64."""
-    table = quantised()
+    table = quantized()
     return table, SReT(table)(images())
 
 
@@ -72,13 +72,13 @@ def test_the_tables_written_here_have_the_counts_of_official_files(table32):
     buffers = ("init_state", "running_mean", "running_var", "num_batches_tracked")
     parameters = {n: v for n, v in table32.items() if n not in second and not n.endswith(buffers)}
     assert sum(value.numel() for value in parameters.values()) == 4_758_045
-    switched = quantised(switch=True)
+    switched = quantized(switch=True)
     assert (len(switched), count(switched, "beta")) == (1887, 181)
     assert [len(names) for names in owners(distinct(), OTHERS)] == [106, 126]
 
 
 def test_every_quantizer_finds_its_site():
-    table = numbered(quantised(2, 3, switch=True))
+    table = numbered(quantized(2, 3, switch=True))
     for name in table:
         if second := re.match(r"(transformers\.\d\.blocks)\.(2|6|10|14|18)(\..*)", name):
             table[name] = table[f"{second[1]}.{int(second[2]) - 2}{second[3]}"].clone()

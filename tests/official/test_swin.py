@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.insert import sites
 from qat.models import build_float
 from qat.official import convert
 from qat.official.swin import Swin as Family
-from qat.quantizers import FloatSite
 from qat.recipe import build_recipe
+from qat.sites.insert import FloatSite, sites
 from tests.formula import images
 from tests.official.layouts import (
     CLASSES,
@@ -31,13 +30,13 @@ from tests.official.layouts import (
     spoilt,
     with_offsets,
 )
-from tests.official.swin import DEPTHS, LOGITS, OTHERS, SWIN_T, Swin, fill, quantised, shapes
+from tests.official.swin import DEPTHS, LOGITS, OTHERS, SWIN_T, Swin, fill, quantized, shapes
 
 
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[Table, Tensor]:
     """A W4A4 table whose activations took their steps from `images`, and the logits of that pass, float64."""
-    table = quantised()
+    table = quantized()
     return table, Swin(table)(images())
 
 
@@ -76,13 +75,13 @@ def test_the_table_written_here_has_the_counts_of_an_official_file(table32):
     }
     left_out = ("init_state", "relative_position_index", "attn_mask")
     assert sum(value.numel() for name, value in table32.items() if not name.endswith(left_out)) == 28_289_838
-    switched = quantised(switch=True)
+    switched = quantized(switch=True)
     assert (len(switched), count(switched, "beta")) == (848, 85)
     assert [len(names) for names in owners(fill(), OTHERS)] == [77, 98]
 
 
 def test_every_quantizer_finds_its_site():
-    table = numbered(quantised(3, 2, switch=True)) | dict.fromkeys(["patch_embed.quant.init_state"], torch.zeros(1))
+    table = numbered(quantized(3, 2, switch=True)) | dict.fromkeys(["patch_embed.quant.init_state"], torch.zeros(1))
     table["patch_embed.quant.alpha"] = torch.zeros(7)
     found = Found(table, 3, 2, switch=True)
     assert len(found.left) == 174 - 2 * sum(DEPTHS)
@@ -171,7 +170,7 @@ DEFECTS: dict[str, tuple[Callable[[Table], object], str]] = {
     "another mask": (lambda t: t.update({MASK: t[MASK] / 2}), f"'{MASK}' is not what swin_tiny.*computes with"),
     "an index of floats": (lambda t: t.update({BIAS_INDEX: t[BIAS_INDEX].float()}), r"float32, not \(49, 49\) .*int64"),
     "a bias of merging": (lambda t: t.update({f"{R}.bias": torch.zeros(192)}), f"'{R}.bias' is unexpected"),
-    "a quantised input of merging": (
+    "a quantized input of merging": (
         lambda t: t.update({"layers.0.downsample.quant.nbits": torch.tensor([8.0])}),
         "'layers.0.downsample.quant.nbits' is unexpected",
     ),
@@ -179,7 +178,7 @@ DEFECTS: dict[str, tuple[Callable[[Table], object], str]] = {
         lambda t: [t.pop(n) for n in [*t] if n.startswith("patch_embed.quant.")],
         "'patch_embed.quant.nbits' is missing",
     ),
-    "a quantised image": (
+    "a quantized image": (
         lambda t: t.update({"patch_embed.quant.init_state": torch.ones(1)}),
         r"'patch_embed.quant.init_state' is \[1.0\], not 0: VVTQ never calls",
     ),
@@ -225,6 +224,6 @@ def test_a_defect_of_float_weights_is_refused_too(name):
     assert re.search(message, refusal(spoilt(float32(fused(fill())), spoil)))
 
 
-def test_a_quantised_model_of_another_size_is_refused(table32):
+def test_a_quantized_model_of_another_size_is_refused(table32):
     found = refusal(table32, arch="swin_large_patch4_window7_224")
-    assert found.startswith("arch is 'swin_large_patch4_window7_224': quantised files are converted for swin_tiny")
+    assert found.startswith("arch is 'swin_large_patch4_window7_224': quantized files are converted for swin_tiny")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qat.family import Unit
 from qat.ptq.capture import capture
+from qat.sites.family import Unit
 
 
 def test_outputs_and_inputs_of_every_batch():

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.insert import quantize, quantizers
 from qat.models import build_float
 from qat.ptq import InitSteps
 from qat.quantizers import LSQ
 from qat.recipe import Rule, build_recipe
+from qat.sites.insert import quantize, quantizers
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
 
@@ -78,7 +78,7 @@ def test_the_result_loads_strictly_into_a_model_built_afresh():
 
 def test_a_weight_is_fitted_on_all_of_itself():
     model = tiny(Rule("*.qkv.weight_quant", LSQ(3, granularity="qkv", init="lsq")))
-    InitSteps(samples=5)(model, [])  # no activation is quantised, so no image is needed
+    InitSteps(samples=5)(model, [])  # no activation is quantized, so no image is needed
     qkv = model.blocks[0].attn.qkv
     expected = torch.stack([2 * part.abs().mean() / 3**0.5 for part in qkv.weight.chunk(3)])  # 3 is the largest code
     torch.testing.assert_close(qkv.weight_quant.step, expected)

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.family import family_of
-from qat.insert import quantize
 from qat.models.layers import QuantLayerNorm
 from qat.ptq import Observe
 from qat.ptq.norms import fold, same_function
 from qat.recipe import build_recipe
+from qat.sites.family import family_of
+from qat.sites.insert import quantize
 from tests.contracts.test_families import MODELS, float_model, images
 
 LINKED = [name for name in MODELS if name != "sret"]
@@ -113,7 +113,7 @@ def test_half_precision_cannot_hold_the_integers():
 @pytest.mark.parametrize(
     ("spec", "found"),
     [
-        (None, "'blocks.0.attn_residual_quant' is not quantised"),
+        (None, "'blocks.0.attn_residual_quant' is not quantized"),
         ({"class_path": "LSQ", "init_args": {"bits": 8, "signed": False, "offset": True}}, r"is LSQ\("),
         ({"class_path": "Uniform", "init_args": {"bits": 8, "zero": "fractional"}}, r"is Uniform\("),
         ({"class_path": "Uniform", "init_args": {"bits": 8, "granularity": "channel"}}, r"is Uniform\("),

@@ -10,12 +10,12 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.insert import quantize, quantizers
 from qat.models import build_float
 from qat.ptq import InitSteps, Observe, PTQMethod
 from qat.ptq.base import undisturbed
 from qat.quantizers import Uniform
 from qat.recipe import Rule
+from qat.sites.insert import quantize, quantizers
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
 WEIGHTS = Uniform(8, signed=True, granularity="channel", zero="none")

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import qat.models  # noqa: F401  registers the families
-from qat.insert import SiteBuilder
-from qat.models.layers import QuantConv2d
-from qat.ptq.operands import forms, patches
+from qat.models.layers import QuantConv2d, patches
+from qat.ptq.operands import operands_of
+from qat.sites.insert import SiteBuilder
 
 
 @pytest.mark.parametrize(("size", "stride"), [((4, 4), (4, 4)), ((3, 2), (2, 1))])
@@ -26,4 +26,4 @@ def test_a_convolution_is_a_product_of_patches(size, stride):
 )  # fmt: skip
 def test_a_convolution_that_does_more_is_left_out(options, counted):
     model = nn.Sequential(QuantConv2d(nn.Conv2d(4, 4, 2, **options), SiteBuilder([])))
-    assert len(forms(model)) == counted
+    assert len(operands_of(model)) == counted

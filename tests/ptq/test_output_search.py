@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import qat
 from qat.errors import QatError
-from qat.insert import quantize, quantizers
 from qat.models import build_float
 from qat.ptq import InitSteps, OutputSearch
-from qat.ptq.products import MatrixProduct
+from qat.ptq.product_search import ProductSearch
 from qat.quantizers import LSQ, LogIntSoftmaxQuantizer, Uniform
 from qat.recipe import Rule, build_recipe
+from qat.sites.insert import quantize, quantizers
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 TINY_SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 2), "num_heads": (2, 4)}
@@ -52,14 +52,14 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def errors(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     """The error of every product, before and after its search."""
     seen: list[tuple[float, float]] = []
-    search = MatrixProduct.search_
+    search = ProductSearch.search_
 
-    def spy(product: MatrixProduct, rounds: int) -> None:
+    def spy(product: ProductSearch, rounds: int) -> None:
         before = product.error()
         search(product, rounds)
         seen.append((before, product.error()))
 
-    monkeypatch.setattr(MatrixProduct, "search_", spy)
+    monkeypatch.setattr(ProductSearch, "search_", spy)
     return seen
 
 
@@ -69,7 +69,7 @@ def test_every_site_is_filled_and_no_product_gets_worse(name, recipe, errors):
     OutputSearch(rounds=1)(model, batches())
     assert all(quantizer.calibrated and quantizer.enabled for _, quantizer in quantizers(model))
     softmaxes = sum(isinstance(quantizer, LogIntSoftmaxQuantizer) for _, quantizer in quantizers(model))
-    assert len(errors) == PRODUCTS[name] - 2 * softmaxes, "FQ-ViT quantises no operand of attention, but its softmax"
+    assert len(errors) == PRODUCTS[name] - 2 * softmaxes, "FQ-ViT quantizes no operand of attention, but its softmax"
     assert all(after <= before for before, after in errors)
     assert sum(after < before for before, after in errors) > len(errors) / 2
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
@@ -100,7 +100,7 @@ def test_the_model_comes_closer_to_the_float_model():
     assert found[OutputSearch] < 0.7 * found[InitSteps]
 
 
-def test_a_unit_sees_what_the_quantised_units_before_it_make():
+def test_a_unit_sees_what_the_quantized_units_before_it_make():
     coarse, fine = ({"match": "blocks.0.mlp.fc2.weight_quant", "spec": Uniform(bits).to_dict()} for bits in (2, 8))
     found = []
     for rule in (coarse, fine):
@@ -195,7 +195,7 @@ def test_a_site_of_no_product_gets_its_own_init():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in first.items())
 
 
-def test_values_without_quantised_probabilities_get_their_own_init():
+def test_values_without_quantized_probabilities_get_their_own_init():
     model = tiny("deit", Rule("*.attn.v_quant", Uniform(4, granularity="head")))  # fused attention hides the operands
     OutputSearch()(model, batches())
     assert all(quantizer.calibrated for _, quantizer in quantizers(model))

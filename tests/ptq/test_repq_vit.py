@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.family import NormLink
-from qat.insert import SiteBuilder, quantize, quantizers
 from qat.models.layers import QuantLayerNorm, QuantLinear
 from qat.ptq import RepQViT
 from qat.ptq.repq_vit import reparameterize
 from qat.quantizers import Uniform, UniformQuantizer
-from qat.recipe import Layout, Rule, build_recipe
+from qat.quantizers.spec import Layout
+from qat.recipe import Rule, build_recipe
+from qat.sites.family import NormLink
+from qat.sites.insert import SiteBuilder, quantize, quantizers
 from tests.contracts.test_families import float_model, images
 
 X = torch.tensor([[1.0, 2, 3, 6], [-2, 0, 4, 2], [0.5, -1.5, 2.5, -3.5]])
@@ -38,8 +39,8 @@ def example(zero: str) -> tuple[nn.Sequential, UniformQuantizer]:
     return model, channels
 
 
-def apply(model: nn.Sequential, x: Tensor, quantised: bool) -> Tensor:
-    model[1].input_quant.enabled = quantised
+def apply(model: nn.Sequential, x: Tensor, quantized: bool) -> Tensor:
+    model[1].input_quant.enabled = quantized
     return model(x)
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from qat.ptq import search
-from qat.ptq.search import best_range, errors, fit_, fit_percentile_, percentiles, shrunk
+from qat.ptq.search import best_range, fit_, fit_percentile_, percentiles, range_errors, shrunk
 from qat.quantizers import LSQ, IntegerNorm, LogIntSoftmax, LogSqrt2, Quantizer, Uniform, UniformQuantizer
-from qat.recipe import Layout, Spec
+from qat.quantizers.spec import Layout, Spec
 
 
 def build(spec: Spec, groups: int = 1) -> Quantizer:
@@ -29,6 +29,8 @@ class Refined(Uniform):
 
 
 class RefinedQuantizer(UniformQuantizer):
+    refines = True
+
     def refine_(self, samples: Tensor) -> None:
         self.refined_on = samples
 
@@ -46,19 +48,19 @@ def test_repq_scale_search_of_the_square_root_of_two():
     low, high = percentiles(probs)
     torch.testing.assert_close(high[:, 0], torch.tensor([0.9930994030, 0.9993099403, 0.9999309940]))
     expected = torch.tensor([7.1072e-4, 7.3259e-4, 7.3510e-4], dtype=torch.float64)
-    torch.testing.assert_close(errors(quantizer, probs, low, high)[:, 0], expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(range_errors(quantizer, probs, low, high)[:, 0], expected, rtol=1e-4, atol=0)
     fit_percentile_(quantizer, probs)
     assert quantizer.step.item() == pytest.approx(0.9930994030)
 
 
-def test_repq_initialisation_of_a_tensor():
+def test_repq_initialization_of_a_tensor():
     quantizer = build(Uniform(4))
     fit_percentile_(quantizer, torch.arange(-200, 801)[None] / 100)
     assert quantizer.step.item() == pytest.approx(0.6653333333)
     assert quantizer.zero_point.item() == 3
 
 
-def test_repq_initialisation_per_channel_has_a_negative_zero_point():
+def test_repq_initialization_per_channel_has_a_negative_zero_point():
     channels = torch.stack([torch.linspace(*ends, 500) for ends in [(-1, 1), (-4, 12), (0.5, 2.5)]])
     quantizer = build(Uniform(4), 3)
     fit_percentile_(quantizer, channels)
@@ -66,7 +68,7 @@ def test_repq_initialisation_per_channel_has_a_negative_zero_point():
     assert quantizer.zero_point.tolist() == [8, 4, -4]
 
 
-def test_repq_initialisation_of_weight_rows():
+def test_repq_initialization_of_weight_rows():
     rows = torch.tensor([[0.5, -1, 0.25, 0.75], [0.1, 0.2, -0.05, 0.4]])
     quantizer = build(Uniform(4), 2)
     fit_percentile_(quantizer, rows)
@@ -84,7 +86,7 @@ def test_errors_are_those_of_one_candidate_after_the_other(monkeypatch, spec, po
     monkeypatch.setitem(search.BLOCK, "cpu", block)
     x, quantizer = draw(*shape), build(spec, shape[0])
     low, high = shrunk(x.amin(1), x.amax(1), (1.0, 0.7, 0.4, 0.1))
-    found = errors(quantizer, x, low, high, power)
+    found = range_errors(quantizer, x, low, high, power)
     assert not quantizer.calibrated
     for i in range(4):
         quantizer.set_range_(low[i], high[i])
@@ -96,7 +98,7 @@ def test_the_first_of_equal_candidates_wins():
     x = draw(2, 5000)
     low, high = shrunk(x.amin(1), x.amax(1), (0.3, 0.8, 0.8, 0.9))
     high = high + torch.tensor([0, 0, 1e-30, 0])[:, None]  # the same numbers
-    found = errors(build(Uniform(4), 2), x, low, high)
+    found = range_errors(build(Uniform(4), 2), x, low, high)
     assert torch.equal(found[1], found[2])
     assert found[:, 0].argmin() == 1
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.quantizers import BitLog2, BitLog2Quantizer
 from qat.quantizers.bitlog2 import best_divisor, integers, leading_codes, leading_values
-from qat.recipe import Layout
+from qat.quantizers.spec import Layout
 
 ACTIVATION = Layout(axis=0, groups=1, batched=True)
 SCHEMES = {  # of the repository
@@ -193,9 +193,9 @@ def test_attention_times_values_is_shift_and_add(name, v_bits, width):
     total = terms.sum(3)  # over the keys: (B, H, N, D)
     assert torch.equal(total, (integers(c[..., 0], spec.kept).double() @ v.double()).long())
     assert total.max() == total[0, 0, 0, 0] == (2**v_bits - 1) * spec.reach < 2 ** width[name]
-    dequantised = quantizer(probs).detach().double() @ (v.double() * 0.21)
+    dequantized = quantizer(probs).detach().double() @ (v.double() * 0.21)
     torch.testing.assert_close(
-        total.double() * (0.21 / DIVISORS[name]), dequantised, rtol=2e-7, atol=0
+        total.double() * (0.21 / DIVISORS[name]), dequantized, rtol=2e-7, atol=0
     )  # float32 values
 
 

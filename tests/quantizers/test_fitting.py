@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.quantizers import LSQ, LSQQuantizer, fitting
-from qat.recipe import Layout
+from qat.quantizers.spec import Layout
 
 W = torch.tensor([[-0.90, -0.35, -0.10, 0.04, 0.22, 0.80, 0.61, -0.48]])
 
@@ -129,7 +129,7 @@ def test_a_zero_group_and_a_constant_group_stay_finite(init, batched, offset, si
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("value", [0.7, -0.7])
 @pytest.mark.parametrize("offset", [True, False])
-def test_a_constant_quantises_to_itself(init, batched, value, offset):
+def test_a_constant_quantizes_to_itself(init, batched, value, offset):
     x = torch.full((1, 50), value)
     torch.testing.assert_close(fitted(LSQ(4, offset=offset, init=init), x, batched)(x), x, rtol=1e-6, atol=2e-6)
 

@@ -12,7 +12,7 @@ from qat.errors import QatError
 from qat.quantizers import PTF, IntegerNorm, IntegerNormQuantizer, Uniform
 from qat.quantizers.integer_norm import integer_norm, moments, released_norm
 from qat.quantizers.integers import isqrt
-from qat.recipe import Layout
+from qat.quantizers.spec import Layout
 
 LAYOUT = Layout(0, 1, batched=True)
 both = pytest.mark.parametrize("arithmetic", ["integer", "released"])
@@ -251,7 +251,7 @@ def test_a_forgotten_calibration_gives_nan_or_no_value_at_all(arithmetic):
     assert quantizer(torch.zeros(4, 5), I, GAMMA, BETA).isnan().all()
 
 
-def test_an_input_that_is_not_quantised_is_named():
+def test_an_input_that_is_not_quantized_is_named():
     with pytest.raises(QatError, match="IntegerNorm computes with integers"):
         norm()(torch.zeros(4, 5))
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qat import build_float, build_recipe, calibrate, quantize
 from qat.errors import QatError
-from qat.insert import quantizers
 from qat.quantizers import LSQ, LSQQuantizer, kernels
-from qat.recipe import Layout
+from qat.quantizers.spec import Layout
+from qat.sites.insert import quantizers
 from tests.conftest import TINY
 
 

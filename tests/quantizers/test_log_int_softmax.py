@@ -12,7 +12,7 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.quantizers import LogIntSoftmax, LogIntSoftmaxQuantizer
 from qat.quantizers.log_int_softmax import FINEST, Exp, exponents
-from qat.recipe import Layout
+from qat.quantizers.spec import Layout
 
 LAYOUT = Layout(0, 1, batched=True)
 RELEASED = {"zero": "extra", "extra_bits": 0}

@@ -9,7 +9,7 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.quantizers import LogSqrt2, LogSqrt2Quantizer
 from qat.quantizers.lsq import MIN_STEP
-from qat.recipe import Layout
+from qat.quantizers.spec import Layout
 
 ACTIVATION = Layout(axis=0, groups=1, batched=True)
 KINDS = ("last", "extra", "rounded")

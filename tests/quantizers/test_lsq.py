@@ -10,7 +10,7 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.quantizers import LSQ, LSQQuantizer
 from qat.quantizers.lsq import MIN_STEP
-from qat.recipe import Layout
+from qat.quantizers.spec import Layout
 
 WEIGHT = Layout(axis=0, groups=1, batched=False)
 ACTIVATION = Layout(axis=0, groups=1, batched=True)
@@ -198,7 +198,7 @@ def test_l1_is_refused_for_an_activation():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [None, [-0.1]])
-def test_half_precision_is_quantised_in_float32(dtype, offset):
+def test_half_precision_is_quantized_in_float32(dtype, offset):
     torch.manual_seed(0)
     x, upstream = torch.randn(4, 501).to(dtype), torch.randn(4, 501).to(dtype)
     half, full = (lsq([0.013], ACTIVATION, offset, bits=8) for _ in range(2))

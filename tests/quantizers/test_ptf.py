@@ -5,7 +5,7 @@ import torch
 
 from qat.errors import QatError
 from qat.quantizers import PTF, PTFQuantizer
-from qat.recipe import Layout
+from qat.quantizers.spec import Layout
 
 X = torch.tensor(
     [

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qat.errors import QatError
 from qat.quantizers import LSQ, Uniform, UniformQuantizer
-from qat.recipe import Layout
+from qat.quantizers.spec import Layout
 
 
 def made(low: float, high: float, **options: object) -> UniformQuantizer:

@@ -16,17 +16,17 @@ from torch import Tensor
 
 import qat
 from qat.checkpoint import read
-from qat.cli import main, run
+from qat.cli.main import main, run
 from qat.data.folder import wnids
 from qat.models import build_float
 from qat.official import convert
 from tests.conftest import CLASSES, write_images
 from tests.formula import images as official_images
-from tests.official.deit import TINY, fill, quantised
+from tests.official.deit import TINY, fill, quantized
 from tests.official.layouts import float32, fused
 from tests.official.sret import SReT
 from tests.official.sret import fill as sret_fill
-from tests.official.sret import quantised as sret_quantised
+from tests.official.sret import quantized as sret_quantized
 
 spec = importlib.util.spec_from_file_location("tool", Path(__file__).parents[2] / "tools/convert_official.py")
 assert spec is not None
@@ -38,9 +38,9 @@ REST = {"epoch": 150, "arch": "resnet50", "best_acc1": torch.tensor(74.7), "opti
 
 
 @pytest.fixture(scope="module")
-def quantised32() -> dict[str, Tensor]:
+def quantized32() -> dict[str, Tensor]:
     """A complete W4A3 table."""
-    table = float32(quantised(4, 3))
+    table = float32(quantized(4, 3))
     for name in [name for name in table if name.endswith("init_state")]:
         table[name].fill_(1)
     return table
@@ -55,10 +55,10 @@ def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantised_file(tmp_path_factory: pytest.TempPathFactory, quantised32: dict[str, Tensor]) -> Path:
-    """A quantised checkpoint as VVTQ's training writes it."""
-    path = tmp_path_factory.mktemp("quantised") / "model_best.pth.tar"
-    torch.save({"state_dict": {f"module.{name}": value for name, value in quantised32.items()}, **REST}, path)
+def quantized_file(tmp_path_factory: pytest.TempPathFactory, quantized32: dict[str, Tensor]) -> Path:
+    """A quantized checkpoint as VVTQ's training writes it."""
+    path = tmp_path_factory.mktemp("quantized") / "model_best.pth.tar"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in quantized32.items()}, **REST}, path)
     return path
 
 
@@ -78,13 +78,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
-def test_a_quantised_checkpoint_is_loaded_and_evaluated(command, quantised_file, quantised32, tmp_path, caplog):
+def test_a_quantized_checkpoint_is_loaded_and_evaluated(command, quantized_file, quantized32, tmp_path, caplog):
     output = tmp_path / "vvtq.ckpt"
     with caplog.at_level(logging.INFO):
-        assert command(quantised_file, output) == f"{output}: {TINY}, W4A3 with 172 steps, 312 tensors\n"
+        assert command(quantized_file, output) == f"{output}: {TINY}, W4A3 with 172 steps, 312 tensors\n"
     assert "left out: epoch, arch, best_acc1, optimizer" in caplog.messages
     assert list(tmp_path.iterdir()) == [output]
-    state, expected = qat.load(output).state_dict(), convert(quantised32).state
+    state, expected = qat.load(output).state_dict(), convert(quantized32).state
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
@@ -98,9 +98,9 @@ def test_a_quantised_checkpoint_is_loaded_and_evaluated(command, quantised_file,
     assert cli.model.card.classes == list(wnids())
 
 
-def test_other_images_than_imagenets_are_refused(command, quantised_file, tmp_path, images, capsys):
+def test_other_images_than_imagenets_are_refused(command, quantized_file, tmp_path, images, capsys):
     output = tmp_path / "vvtq.ckpt"
-    command(quantised_file, output)
+    command(quantized_file, output)
     assert main(["validate", "--ckpt", str(output), "--data.root", str(images)]) == 2
     assert "classes" in capsys.readouterr().err
 
@@ -113,8 +113,8 @@ def test_float_weights_are_loaded_strictly(command, float_file, tmp_path):
 
 
 @torch.no_grad()
-def test_a_quantised_sret_computes_what_the_official_one_does(command, tmp_path):
-    table = sret_quantised()
+def test_a_quantized_sret_computes_what_the_official_one_does(command, tmp_path):
+    table = sret_quantized()
     SReT(table)(official_images())  # gives the activations their steps
     table, output = float32(table), tmp_path / "sret.ckpt"
     torch.save({"state_dict": {f"module.{name}": value for name, value in table.items()}, **REST}, tmp_path / "a.tar")
@@ -137,10 +137,10 @@ def test_float_weights_of_sret_are_loaded_strictly(command, tmp_path):
     assert "leave it out" in command(tmp_path / "sret.pth", output, "--force", "--eval_permutation", "identity")
 
 
-def test_options_reach_the_converter(command, quantised_file, tmp_path):
-    assert "merges no patches" in command(quantised_file, tmp_path / "a.ckpt", "--reduction_bits", "trained")
-    assert "'eval_permutation': 3" in command(quantised_file, tmp_path / "a.ckpt", "--eval_permutation", "3")
-    assert "swin_tiny" in command(quantised_file, tmp_path / "a.ckpt", "--arch", "swin_large_patch4_window7_224")
+def test_options_reach_the_converter(command, quantized_file, tmp_path):
+    assert "merges no patches" in command(quantized_file, tmp_path / "a.ckpt", "--reduction_bits", "trained")
+    assert "'eval_permutation': 3" in command(quantized_file, tmp_path / "a.ckpt", "--eval_permutation", "3")
+    assert "swin_tiny" in command(quantized_file, tmp_path / "a.ckpt", "--arch", "swin_large_patch4_window7_224")
 
 
 def test_an_output_is_overwritten_only_when_asked(command, float_file, tmp_path):
@@ -153,10 +153,10 @@ def test_an_output_is_overwritten_only_when_asked(command, float_file, tmp_path)
     assert "exists" in command(float_file, tmp_path, "--force")
 
 
-def test_an_output_that_cannot_be_is_refused_before_work(command, float_file, quantised_file, tmp_path):
+def test_an_output_that_cannot_be_is_refused_before_work(command, float_file, quantized_file, tmp_path):
     assert "create it first" in command(float_file, tmp_path / "new/deit.safetensors")
     assert "ends in .safetensors" in command(float_file, tmp_path / "deit.ckpt")
-    assert "ends in .ckpt" in command(quantised_file, tmp_path / "deit.safetensors")
+    assert "ends in .ckpt" in command(quantized_file, tmp_path / "deit.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,7 +200,7 @@ def test_a_file_of_another_kind_is_refused(name, command, tmp_path):
     assert not (tmp_path / "out.ckpt").exists()
 
 
-def test_a_missing_or_damaged_file_is_refused(command, tmp_path, quantised_file):
+def test_a_missing_or_damaged_file_is_refused(command, tmp_path, quantized_file):
     assert "no file" in command(tmp_path / "none.pth", tmp_path / "out.ckpt")
-    (tmp_path / "half.pth").write_bytes(quantised_file.read_bytes()[:100_000])
+    (tmp_path / "half.pth").write_bytes(quantized_file.read_bytes()[:100_000])
     assert "may be damaged" in command(tmp_path / "half.pth", tmp_path / "out.ckpt")

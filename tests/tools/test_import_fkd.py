@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from qat.data.crops import CropLaw, draw, rng_for
+from qat.data.crops import CropLaw, draw
 from qat.data.decode import decode
 from qat.data.folder import find_images
-from qat.data.labelreader import ReplayView, SoftLabels
+from qat.data.softlabels.reader import ReplayView, SoftLabels
+from qat.data.streams import rng_for
 from tests.conftest import CLASSES, write_images
 
 spec = importlib.util.spec_from_file_location("import_fkd", Path(__file__).parents[2] / "tools/import_fkd.py")

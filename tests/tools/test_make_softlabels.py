@@ -18,7 +18,7 @@ from qat import checkpoint
 from qat.data.crops import replay
 from qat.data.decode import decode
 from qat.data.folder import find_images
-from qat.data.labelreader import SoftLabels
+from qat.data.softlabels.reader import SoftLabels
 from qat.preprocessing import Preprocessing
 from tests.conftest import label_options, with_broken
 from tools.make_softlabels import main
@@ -72,7 +72,7 @@ def test_two_processes_make_the_same_bytes(images: Path, ckpt: Path, softlabels:
 
 HALTED = """
 import sys, time
-from qat.data import labelblocks
+from qat.data.softlabels import blocks as labelblocks
 pieces = labelblocks.Blocks.pieces
 def until_the_sixth(self, block):
     if block >= 5:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from qat.data.crops import Crop, CropLaw, draw, replay, rng_for
+from qat.data.crops import Crop, CropLaw, draw, replay
 from qat.data.decode import decode
 from qat.data.folder import class_names, find_images, wnids
-from qat.data.labelreader import SoftLabels
-from qat.data.labelwriter import Writer
-from qat.data.softlabels import Header, Row, create, sha256_of
+from qat.data.softlabels.reader import SoftLabels
+from qat.data.softlabels.store import Header, Row, create, sha256_of
+from qat.data.softlabels.writer import Writer
+from qat.data.streams import rng_for
 from tests.conftest import write_images
 
 spec = importlib.util.spec_from_file_location("show_softlabels", Path(__file__).parents[2] / "tools/show_softlabels.py")

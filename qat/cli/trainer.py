@@ -1,0 +1,129 @@
+"""Lightning's Trainer with what the verbs of `qat` add: a table, a results file, a file of predictions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+
+from qat.callbacks import Calibrate, WritePredictions
+from qat.errors import QatError
+from qat.sites.describe import Cost, as_table, cost, describe, summary
+from qat.training.module import QATModule
+
+log = logging.getLogger(__name__)
+RESULTS = "results.json"  # of a run that calibrates
+WORST = 5  # sites that are printed after a validation
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer; the arguments of its verbs are those of the command line."""
+
+    def validate(  # type: ignore[override]
+        self, model: QATModule, datamodule: Any = None, ckpt_path: Path | None = None, results_file: Path | None = None
+    ) -> Mapping[str, Any]:
+        """Evaluate a model, or a checkpoint, on the validation images.
+
+        Args:
+            model: what to evaluate.
+            datamodule: where the images come from.
+            ckpt_path: checkpoint to restore first.
+            results_file: JSON file to write: top1 and top5 in percent, loss, images, seconds, model, recipe, size_mb,
+                and calibration, where there was one. A run that calibrates writes it to its folder in any case.
+        """
+        check_folder("--results_file", results_file)
+        started = time.perf_counter()
+        (metrics,) = super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        calibrators = [c for c in self.callbacks if isinstance(c, Calibrate)]  # type: ignore[attr-defined]
+        seconds = time.perf_counter() - started - sum(callback.seconds for callback in calibrators)
+        results = {key: metrics[f"val/{key}"] for key in ("top1", "top5", "loss")}
+        results |= {"images": round(metrics["val/images"]), "seconds": round(seconds, 2), **_about(model)}
+        if self.is_global_zero:
+            for line in _report(results):
+                Console().print(line, highlight=False, soft_wrap=True)
+            folders = [callback.folder / RESULTS for callback in calibrators if callback.folder is not None]
+            for file in [*folders, results_file]:
+                if file is not None:
+                    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        return results
+
+    def predict(  # type: ignore[override]
+        self, model: QATModule, datamodule: Any = None, ckpt_path: Path | None = None, output: Path | None = None
+    ) -> None:
+        """Write the five most probable classes of every image to a CSV file.
+
+        Args:
+            model: what predicts.
+            datamodule: where the images come from.
+            ckpt_path: checkpoint to restore first.
+            output: CSV file to write: path, then class and probability, most probable first.
+        """
+        if output is None:
+            raise QatError("qat predict writes a table: give --output predictions.csv")
+        check_folder("--output", output)
+        self.callbacks.append(WritePredictions(output, model.card.classes))  # type: ignore[attr-defined]
+        super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
+        log.info("wrote %s", output)
+
+    def describe(self, model: QATModule, full: bool = False) -> Cost:
+        """Print what is quantized and what it costs, without training.
+
+        Args:
+            model: what to describe.
+            full: one line per site, instead of one for all blocks.
+        """
+        console = Console()
+        console.print(as_table(describe(model.model), full))
+        total = cost(model.model, model.preprocessing.size)
+        console.print(f"{model.card.arch}: {summary(model.model)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"size {total.size_mb:.2f} MB with weights packed at their width (float32: {total.float_size_mb:.2f} MB); "
+            f"bit operations {total.bit_operations / 1e9:.2f} G per image "
+            f"(float32: {total.float_bit_operations / 1e9:.2f} G)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return total
+
+
+def _about(model: QATModule) -> dict[str, Any]:
+    """What results say of the model itself."""
+    size = cost(model.model, model.preprocessing.size)
+    return {
+        "model": model.card.arch,
+        "recipe": summary(model.model),
+        "size_mb": round(size.size_mb, 3),
+        "float_size_mb": round(size.float_size_mb, 3),
+        "calibration": model.calibration,
+    }
+
+
+def _report(results: Mapping[str, Any]) -> Iterator[str]:
+    """What a validation has found, a line for each thing."""
+    line = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images in {seconds:.1f} s"
+    yield line.format(**results)
+    if results["recipe"] == "float":
+        return
+    line = "{recipe}; {size_mb:.2f} MB with weights packed at their width (float32: {float_size_mb:.2f} MB)"
+    yield line.format(**results)
+    errors = results["calibration"].get("snr_db", {})
+    worst = sorted(errors, key=errors.__getitem__)[:WORST]
+    if worst:
+        yield "most error (signal to noise): " + ", ".join(f"{site} {errors[site]:.1f} dB" for site in worst)
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Raise QatError, before any work, when ``path`` cannot be written."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise QatError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise QatError(f"{option} {path} cannot be written: give the name of a file in a folder that can")

@@ -1,0 +1,1 @@
+"""Stored soft labels of many crops per image: the format, writing, reading, importing."""

@@ -1,0 +1,1 @@
+"""Making soft labels with a teacher."""

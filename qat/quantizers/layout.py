@@ -1,0 +1,39 @@
+"""How a tensor is cut into groups that share a step. Shapes: G groups, n values in a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Granularity = Literal["tensor", "channel", "head", "qkv"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensor of one site is cut into groups that share a step.
+
+    Args:
+        axis: the axis that is cut; it may count from the end.
+        groups: number of equal, contiguous pieces along ``axis``; 1 is per tensor.
+        batched: the first axis is the batch (activations) and not a part of the tensor (weights).
+    """
+
+    axis: int
+    groups: int
+    batched: bool
+
+    def view(self, values: Tensor, x: Tensor) -> Tensor:
+        """One value per group (G,) shaped so that it broadcasts over ``x``."""
+        if self.groups == 1:
+            return values
+        shape = [1] * x.ndim
+        shape[self.axis] = x.shape[self.axis]
+        return values.repeat_interleave(x.shape[self.axis] // self.groups).view(shape)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """The values of each group as a row (G, n)."""
+        if self.groups == 1:
+            return x.reshape(1, -1)
+        return x.movedim(self.axis, 0).reshape(self.groups, -1)

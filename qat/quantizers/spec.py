@@ -1,0 +1,261 @@
+"""What every quantizer is: a `Spec`, its options as plain data, and the `Quantizer` module that the spec builds.
+
+Shapes: G groups that share a step, n values in a group, K candidates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import sqrt
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.quantizers.layout import Granularity, Layout
+
+Width = Literal["w_bits", "a_bits"]
+Table = Mapping[str, Tensor]  # name of a parameter or buffer -> its candidates (K, G), or one row of them (G,)
+MIN_BITS, MAX_BITS = 2, 16
+MIN_STEP = 1e-6  # keeps x / step finite; far below any step that is worth having
+MIN_RANGE = 1e-6  # what is narrower counts as a single point
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one site is quantized; a subclass names the quantizer and adds its own options.
+
+    Args:
+        bits: width of a code, 2 to 16, or the word ``w_bits`` / ``a_bits`` until the recipe is filled.
+        signed: codes run from ``-2**(bits-1)``; otherwise from 0.
+        granularity: what shares a step: the whole ``tensor``, a ``channel``, a ``head``, or each of q, k, v (``qkv``).
+    """
+
+    bits: int | Width
+    signed: bool = True
+    granularity: Granularity = "tensor"
+
+    kinds: ClassVar[dict[str, type[Spec]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if cls.__module__.startswith("qat."):  # others are named by their dotted path, and cannot shadow ours
+            Spec.kinds[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("bool", bool) and not isinstance(value, bool):
+                raise QatError(f"{field.name} is {value!r}: give true or false")
+            if field.type in ("float", float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise QatError(f"{field.name} is {value!r}: give a number")
+        number = isinstance(self.bits, int) and not isinstance(self.bits, bool) and MIN_BITS <= self.bits <= MAX_BITS
+        if not number and self.bits not in get_args(Width):
+            raise QatError(f"bits is {self.bits!r}: give {MIN_BITS} to {MAX_BITS}, or the word w_bits or a_bits")
+        self.check_choice("granularity", Granularity)
+
+    def check_choice(self, field: str, choices: Any) -> None:
+        """Raise QatError unless the value of ``field`` is among the literals of ``choices``."""
+        if getattr(self, field) not in get_args(choices):
+            raise QatError(f"{field} is {getattr(self, field)!r}: choose from {', '.join(get_args(choices))}")
+
+    @property
+    def width(self) -> int:
+        """The width as an integer; QatError while it is still a word."""
+        if not isinstance(self.bits, int):
+            raise QatError(f"bits is still the word {self.bits!r}: fill the recipe with a value for it")
+        return self.bits
+
+    @property
+    def levels(self) -> int:
+        """How many codes exist; ``2**bits`` unless a subclass declares otherwise."""
+        return int(2**self.width)
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return int(-(2 ** (self.width - 1))) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return self.qmin + self.levels - 1
+
+    @property
+    def movable(self) -> bool:
+        """The range may lie anywhere, and need not contain zero."""
+        return False
+
+    @property
+    def search_grid(self) -> Spec:
+        """The spec whose error tells how good a range is; another one where codes come from more than one value."""
+        return self
+
+    def per_channel(self) -> Spec | None:
+        """The same codes with a step and a whole zero point for each channel; None where there is no such spec."""
+        return None
+
+    def build(self, layout: Layout) -> Quantizer:
+        """The module that quantizes as this spec says, with parameters that are still to be calibrated."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `qat.recipe.spec_from_dict` reads back: what a checkpoint stores."""
+        path = type(self).__name__ if type(self).__module__.startswith("qat.") else _dotted(type(self))
+        return {"class_path": path, "init_args": {f.name: getattr(self, f.name) for f in fields(self)}}
+
+    def describe_range(self) -> str:
+        """The codes, for a table."""
+        return f"{self.qmin}..{self.qmax}"
+
+
+class Affine(NamedTuple):
+    """Codes that are ``clip(round(x / scale) + zero_point, qmin, qmax)`` and stand for ``(code - zero_point) * scale``.
+
+    Scale and zero point have one value per group (G,), along ``axis``; None: one for the whole tensor.
+    """
+
+    scale: Tensor
+    zero_point: Tensor  # whole numbers, held in floating point
+    axis: int | None
+    qmin: int
+    qmax: int
+
+
+class Quantizer(nn.Module, ABC):
+    """Maps a tensor to integer codes and back to values; ``forward`` is ``decode(encode(x))``, bit for bit.
+
+    Parameters are allocated as NaN, so a forgotten calibration shows at once, and are filled by `init_from`, or by
+    `set_range_` and `refine_` where a method of calibration searches for a range.
+
+    A subclass states what it can do, so that nothing else has to ask for its class.
+
+    Attributes:
+        ranged: the parameters follow from a range: `set_range_`, `from_range`.
+        refines: the range leaves something open, which `refine_` chooses; its range is that of all values.
+        deterministic: the same input gives the same output. The backward pass may then recompute the output; where it
+            is False, the output is kept.
+        replaces_softmax: it is given scores and a mask, and its values are probabilities.
+        reads_integers: it needs the integers of what the LayerNorm before it reads.
+        even_grid: codes are ``round(clip(scaled(x), qmin, qmax))``: it has ``scaled``, ``qmin``, ``qmax``, ``offset``.
+        smallest_step: the limit that `project_` keeps.
+
+    Args:
+        spec: bits, range and options.
+        layout: how the tensor is cut into the G groups that share a step.
+    """
+
+    ranged: ClassVar[bool] = False
+    refines: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = True
+    replaces_softmax: ClassVar[bool] = False
+    reads_integers: ClassVar[bool] = False
+    even_grid: ClassVar[bool] = False
+    smallest_step: ClassVar[float] = MIN_STEP
+
+    def __init__(self, spec: Spec, layout: Layout) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layout = layout
+        self.enabled = True
+        self.step = nn.Parameter(torch.full((layout.groups,), torch.nan))
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Integer codes, the shape of ``x``, ``code_dtype``."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values (float32) of integer codes."""
+
+    @abstractmethod
+    def init_from(self, samples: Tensor) -> None:
+        """Choose the parameters from samples (G, n) of the tensor, float32."""
+
+    def from_range(self, low: Tensor, high: Tensor) -> Table:
+        """Parameters whose codes cover low..high, both (G,) or (K, G), by name; only where `ranged`."""
+        raise NotImplementedError(f"{type(self.spec).__name__} has no range")
+
+    def set_range_(self, low: Tensor, high: Tensor) -> None:
+        """Choose the parameters so that the codes cover low..high (G,); only where `ranged`."""
+        self.set_(self.from_range(low, high))
+
+    @torch.no_grad()
+    def set_(self, row: Table) -> None:
+        """Give parameters and buffers the values (G,) of a row of a table."""
+        for name, values in row.items():
+            getattr(self, name).copy_(values)
+
+    def refine_(self, samples: Tensor) -> None:
+        """Choose, from samples (G, n), what a range leaves open; only where `refines`."""
+
+    def tried(self, table: Table) -> Quantizer:
+        """A quantizer of K * G groups along the first axis: candidate k of group g is group k * G + g of it."""
+        candidates, groups = next(iter(table.values())).shape
+        trial = self.spec.build(Layout(0, candidates * groups, batched=False)).to(self.step.device)
+        trial.set_({name: values.flatten() for name, values in table.items()})
+        return trial
+
+    def affine(self) -> Affine | None:
+        """Scale, zero point, axis and code range; None where codes are not an affine function of a single value."""
+        return None
+
+    @property
+    def whole_steps(self) -> bool:
+        """All values are whole multiples of one ``step``, so that dividing by it gives the integers back."""
+        return False
+
+    def target(self, x: Tensor, *others: Any) -> Tensor:
+        """What ``forward`` approximates; its error is measured against it."""
+        return x
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Move the parameters back to legal values after an optimizer step: keep the step positive."""
+        self.step.clamp_(min=self.smallest_step)
+
+    def compile_(self) -> bool:
+        """Use compiled arithmetic from now on; False for a quantizer that has none and stays as it is."""
+        return False
+
+    @property
+    def top(self) -> int:
+        """The code that scales the gradient of the step: the largest of a range that starts at zero."""
+        return self.spec.qmax
+
+    def gain(self, x: Tensor) -> float | Tensor:
+        """Factor on the gradient of the step: 1 / sqrt(values per step and sample * top), as for `LSQ`."""
+        values = x.numel() // self.step.numel()
+        if self.layout.batched:
+            values //= len(x) or 1
+        return 1 / sqrt(values * self.top) if values else 1.0  # an empty batch has no gradient to scale
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The integer type of codes: int8 or uint8 up to 8 bits, int32 beyond."""
+        if self.spec.levels <= 2**8:
+            return torch.int8 if self.spec.signed else torch.uint8
+        return torch.int32
+
+    @property
+    def calibrated(self) -> bool:
+        """Every parameter and buffer is finite."""
+        return all(bool(torch.isfinite(values).all()) for values in (*self.parameters(), *self.buffers()))
+
+    def view(self, values: Tensor, x: Tensor) -> Tensor:
+        """One value per group (G,) shaped so that it broadcasts over ``x``."""
+        return self.layout.view(values, x)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """The values of each group as a row (G, n)."""
+        return self.layout.grouped(x)
+
+    def extra_repr(self) -> str:
+        """Spec and groups, for ``print(model)``."""
+        return f"{self.spec}, groups={self.layout.groups}"
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

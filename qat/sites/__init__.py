@@ -1,0 +1,1 @@
+"""Sites: the places where a tensor may be quantized, how quantizers get there, and what they cost."""

@@ -1,0 +1,1 @@
+"""Training: the Lightning module, losses, regularizers, schedules, the teacher."""

@@ -1,0 +1,7 @@
+"""Losses on the weights themselves; YAML names the class."""
+
+from qat.training.regularizers.base import Regularizer, named
+from qat.training.regularizers.bins import BinRegularizer
+from qat.training.regularizers.dampening import Dampening
+
+__all__ = ["BinRegularizer", "Dampening", "Regularizer", "named"]

@@ -1,0 +1,77 @@
+"""What every regularizer offers. Shapes: G groups that share a step, n weights in a group."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.quantizers import LSQQuantizer
+from qat.sites.insert import WeightSite, weight_sites
+from qat.training.schedules import cosine_ramp
+
+LOW_BITS = 7  # the widest weight that counts as low-bit: 8 bits are there to stay out of the way
+
+
+class Regularizer(ABC):
+    """A loss on chosen quantized weights, with a weight that rises along a cosine.
+
+    Args:
+        weight: of the loss when training ends.
+        start: part of training, 0 to 1, during which the weight is zero and nothing is computed.
+        sites: glob over the names of weight sites.
+        max_bits: widest weight that is regularized; the default leaves out the 8-bit first and last layer.
+    """
+
+    def __init__(
+        self, weight: float = 0.01, start: float = 0.25, sites: str = "*.weight_quant", max_bits: int = LOW_BITS
+    ) -> None:
+        if not weight > 0:
+            raise QatError(f"{self.name}: weight is {weight}: it must be positive")
+        if not 0 <= start < 1:
+            raise QatError(f"{self.name}: start is {start}: give a part of training, 0 to below 1")
+        self.weight, self.start, self.sites, self.max_bits = weight, start, sites, max_bits
+
+    @property
+    def name(self) -> str:
+        """The class in snake case: what the loss is logged as."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def weight_at(self, progress: float) -> float:
+        """Weight of the loss when the part ``progress`` of training is done."""
+        return self.weight * cosine_ramp(progress, self.start)
+
+    def choose(self, model: nn.Module) -> list[WeightSite]:
+        """The weights that are regularized; QatError when there are none, or one has no uniform grid."""
+        found = weight_sites(model, self.sites, self.max_bits)
+        for site in found:
+            grid_of(site)
+        return found
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The sum over the chosen weights, without the factor `weight_at`."""
+        return self.penalty(self.choose(model))
+
+    @abstractmethod
+    def penalty(self, sites: Sequence[WeightSite]) -> Tensor:
+        """The sum over these weights, a scalar."""
+
+
+def named(regularizers: Sequence[Regularizer]) -> dict[str, Regularizer]:
+    """By name; a second one of a kind gets a number."""
+    found: dict[str, Regularizer] = {}
+    for regularizer in regularizers:
+        same = sum(type(other) is type(regularizer) for other in found.values())
+        found[f"{regularizer.name}_{same + 1}" if same else regularizer.name] = regularizer
+    return found
+
+
+def grid_of(site: WeightSite) -> LSQQuantizer:
+    """The evenly spaced grid of a weight; QatError when its quantizer has none."""
+    if not site.quantizer.even_grid:
+        raise QatError(f"{site.name} is a {type(site.quantizer).__name__}: only weights of LSQ are regularized")
+    return cast(LSQQuantizer, site.quantizer)

@@ -1,0 +1,76 @@
+"""An online teacher that sees the student's crops in its own way. Shapes: B crops, S pixels, C classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat import checkpoint as checkpoints
+from qat.errors import QatError
+from qat.models import build_float, default_preprocessing
+from qat.preprocessing import Preprocessing
+
+
+class Teacher(nn.Module):
+    """A frozen model that resizes and normalizes, on the device, with its own size, interpolation, mean and deviation.
+
+    Args:
+        model: any classifier with an attribute ``num_classes``.
+        preprocessing: of that model.
+        num_classes: classes of the student; QatError when the teacher has others.
+    """
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing, num_classes: int) -> None:
+        super().__init__()
+        self.model, self.preprocessing = model.eval().requires_grad_(False), preprocessing
+        classes = int(model.num_classes)  # type: ignore[arg-type]
+        if classes != num_classes:
+            raise QatError(f"the teacher knows {classes} classes, the student {num_classes}: they must agree")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """Itself: it is frozen, and a weight average that copies the student needs no second teacher."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of uint8 crops (B, 3, S, S)."""
+        size, mode = self.preprocessing.size, self.preprocessing.interpolation
+        if images.shape[-1] != size:
+            smooth = mode != "nearest"
+            images = F.interpolate(images.float(), (size, size), mode=mode, antialias=smooth).clamp_(0, 255)
+        logits: Tensor = self.model(self.preprocessing.normalize(images))
+        return logits
+
+
+def build_teacher(
+    arch: str,
+    weights: str | Path,
+    num_classes: int,
+    classes: Sequence[str] | None = None,
+    option: str = "model.teacher",
+) -> Teacher:
+    """A teacher from timm, or one of our own checkpoints, float or quantized, which describes itself.
+
+    Args:
+        arch: timm model name.
+        weights: ``pretrained``, a local file of float weights, or a checkpoint that `qat fit` wrote.
+        num_classes: classes of the student; QatError when the teacher has others.
+        classes: their names; QatError when a checkpoint of ours knows others, or the same in another order.
+        option: what errors call ``arch``.
+    """
+    card = checkpoints.find_card(weights)
+    if card is None:
+        try:
+            return Teacher(build_float(arch, weights), default_preprocessing(arch), num_classes)
+        except QatError as error:
+            raise QatError(f"{option}: {error}") from None
+    if card.arch != arch:
+        raise QatError(f"{option} is {arch}, but {weights} is a checkpoint of {card.arch}")
+    if card.classes and classes and card.classes != list(classes):
+        raise QatError(f"{option}: {weights} was trained on other classes, first {card.classes[:2]}, not {classes[:2]}")
+    return Teacher(checkpoints.load(weights), Preprocessing(**card.preprocessing), num_classes)

@@ -1,0 +1,99 @@
+"""Products keep no quantized activation, and their gradients are those of the plain product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from qat.quantizers import LSQ, LSQQuantizer, recompute_operands
+from qat.quantizers.spec import Layout
+from qat.sites.insert import FloatSite
+
+
+def site(batched: bool) -> LSQQuantizer:
+    quantizer = LSQQuantizer(LSQ(bits=4), Layout(0, 1, batched))
+    nn.init.constant_(quantizer.step, 0.1)
+    return quantizer
+
+
+def plain(op: object, *operands: tuple[nn.Module, Tensor]) -> Tensor:
+    return op(*[module(x) for module, x in operands])  # type: ignore[operator]
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1)
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).requires_grad_()
+
+
+@pytest.mark.parametrize("op", [F.linear, scores], ids=["linear", "scores"])
+def test_gradients_are_those_of_the_plain_product(op: object) -> None:
+    shapes = ((3, 5, 8), (6, 8)) if op is F.linear else ((2, 3, 5, 8), (2, 3, 5, 8))
+    found = []
+    for way in (recompute_operands, plain):
+        first, second = site(True), site(op is not F.linear)
+        x, y = leaf(*shapes[0]), leaf(*shapes[1])
+        way(op, (first, x), (second, y)).square().sum().backward()
+        found.append([x.grad, y.grad, first.step.grad, second.step.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def kept(op: object, way: object, *operands: tuple[nn.Module, Tensor]) -> int:
+    """Bytes that the product allocates and does not free, its result left out."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        out = way(op, *operands)  # type: ignore[operator]
+    out.sum().backward()
+    return sum(e.self_cpu_memory_usage for e in profiler.key_averages()) - out.untyped_storage().nbytes()
+
+
+def test_only_quantized_weights_are_kept() -> None:
+    x, weight = leaf(64, 50, 80), leaf(60, 80)
+    quantized, slack = ((site(True), x), (site(False), weight)), 1000  # bytes of scalars
+    assert kept(F.linear, plain, *quantized) == pytest.approx(4 * (x.numel() + weight.numel()), abs=slack)
+    assert kept(F.linear, recompute_operands, *quantized) == pytest.approx(4 * weight.numel(), abs=slack)
+    assert kept(F.linear, recompute_operands, (FloatSite(), x), (FloatSite(), weight)) == pytest.approx(0, abs=slack)
+
+
+def test_under_autocast_the_low_precision_copy_is_not_kept_either() -> None:
+    x, weight = leaf(64, 50, 80), leaf(60, 80)
+    operands = ((site(True), x), (site(False), weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept(F.linear, plain, *operands) >= 2 * x.numel()
+        assert kept(F.linear, recompute_operands, *operands) <= 6 * weight.numel() + 1000  # float32 and bfloat16
+
+
+def test_autocast_gradients_are_those_of_the_plain_product() -> None:
+    found = []
+    for way in (recompute_operands, plain):
+        x, weight, first, second = leaf(3, 5, 8), leaf(6, 8), site(True), site(False)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = way(F.linear, (first, x), (second, weight))
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        found.append([x.grad, weight.grad, first.step.grad, second.step.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_an_input_that_was_changed_is_noticed() -> None:
+    x, weight = leaf(4, 8).detach(), leaf(6, 8)
+    quantizer = site(True)
+    quantizer.step.requires_grad_(False)
+    out = recompute_operands(F.linear, (quantizer, x), (site(False), weight))
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.sum().backward()
+
+
+def test_strided_operands_come_back_in_their_shape() -> None:
+    qkv = leaf(2, 5, 3, 4, 8)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    recompute_operands(scores, (site(True), q), (site(True), k)).square().sum().backward()
+    ours, qkv.grad = qkv.grad, None
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    plain(scores, (site(True), q), (site(True), k)).square().sum().backward()
+    assert torch.equal(ours, qkv.grad)  # type: ignore[arg-type]

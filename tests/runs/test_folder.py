@@ -1,0 +1,87 @@
+"""Run folders and what lies in them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qat.errors import QatError
+from qat.runs.folder import AtomicCheckpoints, config_name, last_folder
+from qat.runs.metrics import MetricsFile
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+class TestMetricsFile:
+    def test_columns_grow_and_nothing_is_lost(self, tmp_path: Path) -> None:
+        metrics = MetricsFile(tmp_path, flush_every=2)
+        metrics.log_metrics({"loss": 1.5}, 0)
+        assert not metrics.path.exists()
+        metrics.log_metrics({"loss": 1.25}, 1)
+        metrics.log_metrics({"top1": 50.0}, 1)
+        metrics.finalize("success")
+        assert rows(metrics.path) == [
+            {"loss": "1.5", "step": "0"}, {"loss": "1.25", "step": "1"}, {"top1": "50.0", "step": "1"}
+        ]  # fmt: skip
+        assert metrics.rows == 3
+        assert not list(tmp_path.glob("*.part"))
+
+    def test_goes_on_after_the_entries_of_its_checkpoint(self, tmp_path: Path) -> None:
+        killed = MetricsFile(tmp_path, flush_every=1)
+        for step in range(5):
+            killed.log_metrics({"loss": float(step)}, step)
+        resumed = MetricsFile(tmp_path, flush_every=1)
+        resumed.keep(3)
+        resumed.log_metrics({"loss": 30.0}, 3)
+        resumed.log_metrics({"top1": 1.0}, 4)
+        assert [row.get("loss") for row in rows(resumed.path)] == ["0.0", "1.0", "2.0", "30.0", None]
+
+    def test_keeping_none_forgets_all(self, tmp_path: Path) -> None:
+        MetricsFile(tmp_path, flush_every=1).log_metrics({"loss": 1.0}, 0)
+        resumed = MetricsFile(tmp_path, flush_every=1)
+        resumed.keep(0)
+        resumed.log_metrics({"other": 2.0}, 0)
+        assert rows(resumed.path) == [{"other": "2.0", "step": "0"}]
+
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("the process dies here")
+
+
+def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    io, path = AtomicCheckpoints(), tmp_path / "sub" / "last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+    with pytest.raises(RuntimeError):
+        io.save_checkpoint({"step": 2, "bad": Unpicklable()}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    io.save_checkpoint({"step": 3}, path)
+    assert torch.load(path, weights_only=True) == {"step": 3}
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_the_newest_run_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(QatError, match="no run in"):
+        last_folder(tmp_path)
+    for date in ("2026-01-01_00-00-00", "2026-02-01_00-00-00"):
+        (tmp_path / date).mkdir()
+        (tmp_path / date / "last.ckpt").touch()
+        (tmp_path / date / "config.yaml").touch()
+    (tmp_path / "2026-03-01_00-00-00").mkdir()  # refused before it began
+    assert last_folder(tmp_path).name == "2026-02-01_00-00-00"
+    (tmp_path / "2026-03-01_00-00-00" / "config.yaml").touch()
+    with pytest.raises(QatError, match=r"2026-03-01_00-00-00, ended before its first last\.ckpt"):
+        last_folder(tmp_path)
+
+
+def test_configs_are_numbered(tmp_path: Path) -> None:
+    for name in ("config.yaml", "config_2.yaml", "config_3.yaml"):
+        assert config_name(tmp_path) == name
+        (tmp_path / name).touch()
