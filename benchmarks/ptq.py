@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from qat import build_float, build_recipe, quantize
 from qat.callbacks.calibrate import PeakMemory
 from qat.data.imagenet import ImageNetDataModule
+from qat.data.options import DataOptions
 from qat.models import default_preprocessing
 from qat.ptq import InitSteps, Observe, OutputSearch, PTQMethod, RepQViT
 from qat.sites.describe import summary
@@ -81,7 +82,7 @@ def pixels(data: ImageNetDataModule, arch: str, out: Path) -> tuple[Tensor, Tens
 def run(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate and evaluate one case."""
     preprocessing = default_preprocessing(args.arch)
-    data = ImageNetDataModule(args.data, val_batch_size=BATCH, preprocessing=preprocessing.to_dict())
+    data = ImageNetDataModule(DataOptions(args.data, val_batch_size=BATCH, preprocessing=preprocessing.to_dict()))
     images, labels = pixels(data, args.arch, args.out)
     float_model = build_float(args.arch, args.checkpoint).eval()
     rules = build_recipe(case.recipe, w_bits=case.w_bits, a_bits=case.a_bits)

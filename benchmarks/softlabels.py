@@ -26,6 +26,7 @@ from torchvision.datasets import ImageFolder
 from qat.data.crops import CropLaw, draw
 from qat.data.folder import class_names, find_images
 from qat.data.imagenet import ImageNetDataModule
+from qat.data.options import DataOptions
 from qat.data.softlabels.reader import SoftLabels, chosen, recover
 from qat.data.softlabels.store import Header, Row, create, sha256_of
 from qat.data.softlabels.writer import Writer
@@ -111,8 +112,11 @@ def small_store(path: Path, root: Path, crops: int = 16) -> None:
 def ours(root: Path, labels: Path, crops: int) -> Callable[[], Iterator[int]]:
     """Crops per batch of our pipeline."""
     data = ImageNetDataModule(
-        root, batch_size=BATCH, crops_per_image=crops, softlabels=labels, workers=WORKERS, preprocessing=PREPROCESSING
-    )
+        DataOptions(
+            root, batch_size=BATCH, crops_per_image=crops, softlabels=labels, workers=WORKERS,
+            preprocessing=PREPROCESSING,
+        )
+    )  # fmt: skip
     return lambda: (len(batch.images) for _ in range(PASSES) for batch in data.train_dataloader())  # type: ignore[attr-defined]
 
 

@@ -38,6 +38,7 @@ from qat.ptq import InitSteps
 from qat.sites.insert import quantizers
 from qat.training.losses import cross_entropy
 from qat.training.module import QATModule
+from qat.training.options import ModelOptions
 from qat.training.regularizers import BinRegularizer
 
 WARM_UP = 2
@@ -202,7 +203,7 @@ def maker(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Calla
     def make(variant: Variant) -> Step:
         torch.manual_seed(0)
         bits = {"recipe": "vvtq", "w_bits": options.bits, "a_bits": options.bits} if variant.quantized else {}
-        module = QATModule(arch=options.model, checkpoint=None, compile=variant.compiled, **bits)
+        module = QATModule(ModelOptions(arch=options.model, checkpoint=None, compile=variant.compiled, **bits))
         size, classes = module.preprocessing.size, module.card.num_classes
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (options.batch, 3, size, size), dtype=torch.uint8, generator=generator)

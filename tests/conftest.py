@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from qat.cli.main import QatCLI, run
+from qat.cli.lightning_cli import QatCLI
+from qat.cli.main import run
 from qat.training.module import QATModule
 from tools.make_softlabels import main as make_softlabels
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from qat.data.imagenet import ImageNetDataModule
 from qat.errors import QatError
 from qat.ptq import InitSteps, PTQMethod, site_errors
+from qat.ptq.options import CalibrationOptions
 from qat.runs.folder import CALIBRATED
 from qat.sites.insert import quantizers, raise_for_uncalibrated
 from qat.training.module import QATModule
@@ -34,16 +35,14 @@ class Calibrate(L.Callback):
     site and saved as ptq.ckpt, a checkpoint that describes itself.
 
     Args:
-        method: how the quantizers are filled; InitSteps, each by the init that its spec names, when null.
-        images: training images, with the evaluation transform.
-        batch_size: images in one forward.
-        seed: which images.
+        options: the method, and how many images of which draw it sees.
+        folder: of the run, where ptq.ckpt is saved; None saves none.
     """
 
-    def __init__(self, method: PTQMethod | None = None, images: int = 64, batch_size: int = 32, seed: int = 0) -> None:
-        self.method = method or InitSteps()
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.folder: Path | None = None  # of the run; the command line sets it
+    def __init__(self, options: CalibrationOptions, folder: Path | None = None) -> None:
+        self.method: PTQMethod = options.method or InitSteps()
+        self.images, self.batch_size, self.seed = options.images, options.batch_size, options.seed
+        self.folder = folder
         self.seconds = 0.0  # that it took in all
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

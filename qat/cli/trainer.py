@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qat.callbacks import Calibrate, WritePredictions
 from qat.errors import QatError
-from qat.sites.describe import Cost, as_table, cost, describe, summary
+from qat.sites.describe import cost, summary
 from qat.training.module import QATModule
 
 log = logging.getLogger(__name__)
@@ -71,26 +71,6 @@ class Trainer(L.Trainer):
         self.callbacks.append(WritePredictions(output, model.card.classes))  # type: ignore[attr-defined]
         super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
         log.info("wrote %s", output)
-
-    def describe(self, model: QATModule, full: bool = False) -> Cost:
-        """Print what is quantized and what it costs, without training.
-
-        Args:
-            model: what to describe.
-            full: one line per site, instead of one for all blocks.
-        """
-        console = Console()
-        console.print(as_table(describe(model.model), full))
-        total = cost(model.model, model.preprocessing.size)
-        console.print(f"{model.card.arch}: {summary(model.model)}", highlight=False, soft_wrap=True)
-        console.print(
-            f"size {total.size_mb:.2f} MB with weights packed at their width (float32: {total.float_size_mb:.2f} MB); "
-            f"bit operations {total.bit_operations / 1e9:.2f} G per image "
-            f"(float32: {total.float_bit_operations / 1e9:.2f} G)",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return total
 
 
 def _about(model: QATModule) -> dict[str, Any]:

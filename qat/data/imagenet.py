@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qat.data.check import at_least, cores, given_law, one_of
+from qat.data.check import at_least, cores
 from qat.data.crops import CropLaw
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
 from qat.data.images import Batch, CropView, EvalView, Images, Loader, View, as_it_is
+from qat.data.options import DataOptions
 from qat.data.order import Batches, batches_done, batches_per_pass, crop_passes, shuffled
 from qat.data.softlabels.reader import ReplayView, SoftLabels
 from qat.data.streams import rng_for
 from qat.errors import QatError
-from qat.preprocessing import INTERPOLATIONS, Preprocessing
+from qat.preprocessing import Preprocessing
 
 __all__ = ["Batch", "ImageNetDataModule"]
 log = logging.getLogger(__name__)
@@ -32,68 +33,18 @@ TRIES = {"error": 1, "skip": 100}  # files tried for one training sample; more b
 
 
 class ImageNetDataModule(L.LightningDataModule):
-    """Training crops, evaluation views and calibration images of a folder tree; raises QatError for bad settings.
+    """Training crops, evaluation views and calibration images of a folder tree."""
 
-    Args:
-        root: folder that holds train/<class>/* and val/<class>/*.
-        images: folder of images to predict, searched recursively; root/val when not given.
-        batch_size: crops per process and training step; a multiple of crops_per_image.
-        val_batch_size: images per process and step in validation and prediction; batch_size when not given.
-        crops_per_image: random crops made of each image every time it is decoded.
-        softlabels: store of soft labels, made by tools/make_softlabels.py, whose crops are replayed and whose labels
-            replace those of the folders; null draws crops anew.
-        softlabels_partial: train on the finished images of an unfinished store.
-        crop_epochs: length of training, as the number of crops every image gives in all.
-        crop_scale: lowest and highest area of a training crop, as a part of the image; that of the soft labels, or
-            0.08 and 1, when not given.
-        crop_ratio: lowest and highest width / height of a training crop; that of the soft labels, or 3/4 and 4/3.
-        flip: probability that a training crop is mirrored left to right; that of the soft labels, or 0.5.
-        train_interpolation: how training crops are resized: nearest, bilinear or bicubic.
-        preprocessing: fields of the model's preprocessing (size, resize, interpolation, mean, std).
-        workers: processes that decode images, per training process; as many as cores, at most 8, when not given.
-        on_bad_image: what an unreadable image does: stop the run, or be skipped with a warning.
-        seed: fixes the order of images and the crops; seed_everything, or 0, when not given.
-    """
-
-    def __init__(
-        self,
-        root: Path | None = None,
-        images: Path | None = None,
-        batch_size: int = 256,
-        val_batch_size: int | None = None,
-        crops_per_image: int = 1,
-        crop_epochs: int = 300,
-        softlabels: Path | None = None,
-        softlabels_partial: bool = False,
-        crop_scale: tuple[float, float] | None = None,
-        crop_ratio: tuple[float, float] | None = None,
-        flip: float | None = None,
-        train_interpolation: str = "bilinear",
-        preprocessing: dict[str, Any] | None = None,
-        workers: int | None = None,
-        on_bad_image: Literal["error", "skip"] = "error",
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, options: DataOptions) -> None:
         super().__init__()
-        self.root = Path(root) if root is not None else None
-        self.images = Path(images) if images is not None else None
-        self.batch_size = at_least("batch_size", batch_size, 1)
-        self.val_batch_size = at_least("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1)
-        self.crops_per_image = at_least("crops_per_image", crops_per_image, 1)
-        self.crop_epochs = at_least("crop_epochs", crop_epochs, 1)
-        self.workers = at_least("workers", min(cores(), 8) if workers is None else workers, 0)
-        self.seed = at_least("seed", 0 if seed is None else seed, 0)
-        self.softlabels = Path(softlabels) if softlabels is not None else None
-        self.softlabels_partial = softlabels_partial
-        self._given_law = given_law(crop_scale, crop_ratio, flip)
-        self.law = CropLaw(**self._given_law)
-        self.train_interpolation = one_of("train_interpolation", train_interpolation, INTERPOLATIONS)
-        self.on_bad_image = one_of("on_bad_image", on_bad_image, tuple(TRIES))
-        self.preprocessing = preprocessing
+        self.options = options
+        self.root, self.images = options.root, options.images
+        self.val_batch_size = options.batch_size if options.val_batch_size is None else options.val_batch_size
+        self.workers = min(cores(), 8) if options.workers is None else options.workers
+        self.seed = options.seed or 0
+        self.law = CropLaw(**options.given_law)
         self.bad_images: Counter[str] = Counter()  # "path: reason" -> how often it was met
         self._epoch, self._resumed = 0, {"epoch": 0, "batches": 0}
-        if batch_size % crops_per_image:
-            raise QatError(f"data.batch_size {batch_size} is not a multiple of crops_per_image {crops_per_image}")
 
     @property
     def classes(self) -> list[str]:
@@ -109,20 +60,20 @@ class ImageNetDataModule(L.LightningDataModule):
     @property
     def passes(self) -> list[int]:
         """Crops per image in each pass over the images; its length is the number of Trainer epochs."""
-        return crop_passes(self.crop_epochs, self.crops_per_image)
+        return crop_passes(self.options.crop_epochs, self.options.crops_per_image)
 
     def batches_per_pass(self, world_size: int = 1, epochs: int | None = None) -> list[int]:
         """Training steps, on each of ``world_size`` processes, of the first ``epochs`` passes (of all when None)."""
         passes = self.passes if epochs is None else [self._crops(epoch) for epoch in range(epochs)]
-        return batches_per_pass(len(self._trained()), self.batch_size, passes, world_size)
+        return batches_per_pass(len(self._trained()), self.options.batch_size, passes, world_size)
 
     @cached_property
     def store(self) -> SoftLabels | None:
         """The soft labels; QatError when they are of other images than those of training, or of another crop law."""
-        if self.softlabels is None:
+        if self.options.softlabels is None:
             return None
-        folder, law = self._root() / "train", self._given_law
-        store = SoftLabels.of(self.softlabels, folder, self.classes, law, self.softlabels_partial)
+        folder, law = self._root() / "train", self.options.given_law
+        store = SoftLabels.of(self.options.softlabels, folder, self.classes, law, self.options.softlabels_partial)
         log.info("soft labels of %s", store)
         return store
 
@@ -148,14 +99,14 @@ class ImageNetDataModule(L.LightningDataModule):
         if getattr(self.trainer, "reload_dataloaders_every_n_epochs", 1) != 1:
             raise QatError("trainer.reload_dataloaders_every_n_epochs must be 1: each pass has a loader of its own")
         self._epoch = epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        images = self._split("train", self._training_view(epoch), TRIES[self.on_bad_image], self._trained())
+        images = self._split("train", self._training_view(epoch), TRIES[self.options.on_bad_image], self._trained())
         order = shuffled(len(images), self.seed, epoch, *self._rank())
         done = batches_done(self._resumed, epoch, self._order(epoch))
-        return self._loader(images, batch_sampler=Batches(order, self.batch_size // self._crops(epoch), done))
+        return self._loader(images, batch_sampler=Batches(order, self.options.batch_size // self._crops(epoch), done))
 
     def _training_view(self, epoch: int) -> View:
         """Stored crops where there are soft labels, else new ones."""
-        size, how, crops = self._preprocessing().size, self.train_interpolation, self._crops(epoch)
+        size, how, crops = self._preprocessing().size, self.options.train_interpolation, self._crops(epoch)
         if self.store is None:
             return CropView(self.law, size, how, crops, self.seed, epoch)
         before = sum(self._crops(earlier) for earlier in range(epoch))
@@ -170,7 +121,7 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def _order(self, epoch: int) -> dict[str, Any]:
         """What the order of a pass and its batches depend on."""
-        sizes = {"batch_size": self.batch_size, "crops": self._crops(epoch), "processes": self._rank()[1]}
+        sizes = {"batch_size": self.options.batch_size, "crops": self._crops(epoch), "processes": self._rank()[1]}
         return sizes | {"seed": self.seed, "images": len(self._trained()), "soft labels": str(self.store)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -198,7 +149,7 @@ class ImageNetDataModule(L.LightningDataModule):
 
         They go through the evaluation transform; QatError if there are fewer than ``images`` of them.
         """
-        source = self._split("train", EvalView(self._preprocessing()), TRIES[self.on_bad_image])
+        source = self._split("train", EvalView(self._preprocessing()), TRIES[self.options.on_bad_image])
         if not 0 < images <= len(source):
             raise QatError(
                 f"calibration.images is {images}: {self.root}/train has {len(source)}, choose 1..{len(source)}"
@@ -215,7 +166,7 @@ class ImageNetDataModule(L.LightningDataModule):
     def _report(self, batch: Batch) -> Batch:
         if batch.fatal:
             raise QatError(batch.fatal)
-        if batch.bad and self.on_bad_image == "error":
+        if batch.bad and self.options.on_bad_image == "error":
             raise QatError(f"cannot read {batch.bad[0]}; repair it, or set data.on_bad_image: skip")
         for message in batch.bad:
             if message not in self.bad_images:
@@ -248,18 +199,18 @@ class ImageNetDataModule(L.LightningDataModule):
         )
 
     def _crops(self, epoch: int) -> int:
-        return self.passes[epoch] if epoch < len(self.passes) else self.crops_per_image
+        return self.passes[epoch] if epoch < len(self.passes) else self.options.crops_per_image
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _preprocessing(self) -> Preprocessing:
-        if self.preprocessing is None:
+        if self.options.preprocessing is None:
             raise QatError("data.preprocessing is not set: it takes the model's size, resize, interpolation, mean, std")
         try:
-            return Preprocessing(**self.preprocessing)
+            return Preprocessing(**self.options.preprocessing)
         except TypeError as error:
-            raise QatError(f"data.preprocessing is {self.preprocessing}: {error}") from error
+            raise QatError(f"data.preprocessing is {self.options.preprocessing}: {error}") from error
 
     def _root(self) -> Path:
         if self.root is None:

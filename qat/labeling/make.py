@@ -29,7 +29,7 @@ from qat.errors import QatError, first_line
 from qat.labeling.plan import SPLIT, Options, Plan, sha256_of_weights
 from qat.models import default_preprocessing
 from qat.progress import Progress
-from qat.runs.folder import first_process
+from qat.runs.process import first_process
 from qat.training.teacher import Teacher, build_teacher
 
 log = logging.getLogger(__name__)

@@ -9,17 +9,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 
 from qat.errors import QatError
 
 LAST = "last.ckpt"
 CALIBRATED = "ptq.ckpt"
-
-
-def first_process() -> bool:
-    """Whether this is the only process, or the first of several: the one that writes."""
-    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def fresh_folder(parent: Path) -> Path:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qat.callbacks.gradient_ratio import gradient_ratios
-from qat.cli.main import QatCLI, run
+from qat.cli.lightning_cli import QatCLI
+from qat.cli.main import run
 from qat.errors import QatError
 
 

@@ -12,7 +12,8 @@ import torch
 
 from qat import checkpoint
 from qat.callbacks import IterativeFreezing, OscillationTracker
-from qat.cli.main import QatCLI, main, run
+from qat.cli.lightning_cli import QatCLI
+from qat.cli.main import main, run
 from qat.errors import QatError
 from qat.sites.insert import weight_sites
 from qat.training.module import QATModule

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qat import load
-from qat.cli.main import QatCLI, main, run
+from qat.cli.lightning_cli import QatCLI
+from qat.cli.main import main, run
 from qat.quantizers import LogSqrt2
 from qat.sites.insert import quantizers
 

@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 
 from qat import checkpoint
-from qat.cli.main import QatCLI, main, run
+from qat.cli.lightning_cli import QatCLI
+from qat.cli.main import main, run
 from qat.errors import QatError
 from qat.models import build_float
 from qat.runs.folder import fresh_folder

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import qat
 from qat.cli.main import main, run
 from qat.training.module import QATModule
+from qat.training.options import ModelOptions
 from tests.conftest import interrupt_at_step
 
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 4]}
@@ -61,7 +62,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(family: str, config: Path, softl
 
 
 def test_an_average_leaves_integers_alone() -> None:
-    module = QATModule(arch=FAMILIES["swin"][0], model_args=SWIN, checkpoint=None, num_classes=3)
+    module = QATModule(ModelOptions(arch=FAMILIES["swin"][0], model_args=SWIN, checkpoint=None, num_classes=3))
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
     for _ in range(3):
         average.update_parameters(module)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from qat.cli.main import main, run
 from qat.data.imagenet import ImageNetDataModule
+from qat.data.options import DataOptions
 from qat.data.softlabels.reader import SoftLabels
 from tests.conftest import interrupt_at_step, label_options, with_broken
 from tools.make_softlabels import main as make_softlabels
@@ -47,10 +48,11 @@ def test_a_run_learns_from_the_labels_and_reports_the_kl(config: Path, softlabel
 
 
 def test_every_crop_is_used_before_any_comes_again(images: Path, softlabels: Path, config: Path) -> None:
-    data = ImageNetDataModule(
+    options = DataOptions(
         images, batch_size=4, crops_per_image=2, crop_epochs=7, softlabels=softlabels, workers=0,
         preprocessing={"size": 32, "resize": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3},
     )  # fmt: skip
+    data = ImageNetDataModule(options)
     seen: dict[str, list[bytes]] = {}
     assert data.passes == [2, 2, 2, 1]
     for epoch, crops in enumerate(data.passes):

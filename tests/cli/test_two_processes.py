@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.cli.main import QatCLI, run
+from qat.cli.lightning_cli import QatCLI
+from qat.cli.main import run
 from tests.conftest import write_images
 
 ROOT = Path(__file__).parents[2]

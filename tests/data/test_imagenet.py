@@ -16,6 +16,7 @@ from torchvision import transforms
 from qat.data.folder import find_images
 from qat.data.imagenet import ImageNetDataModule
 from qat.data.images import Batch
+from qat.data.options import DataOptions
 from qat.errors import QatError
 
 IMAGENET = Path(__file__).parents[3] / "shared" / "data" / "imagenet"
@@ -41,7 +42,7 @@ def root(tmp_path):
 
 def module(root, epoch=0, rank=0, world_size=1, training=True, **options):
     options = {"root": root, "batch_size": 4, "workers": 0, "preprocessing": PREPROCESSING, "crop_epochs": 2} | options
-    data = ImageNetDataModule(**options)
+    data = ImageNetDataModule(DataOptions(**options))
     data.trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank, world_size=world_size, training=training)
     return data
 
@@ -271,7 +272,7 @@ def test_a_batch_without_any_readable_image(root):
 )
 def test_bad_settings_are_refused_when_the_module_is_made(options, message):
     with pytest.raises(QatError, match=message):
-        ImageNetDataModule(**options)
+        ImageNetDataModule(DataOptions(**options))
 
 
 @pytest.mark.parametrize(

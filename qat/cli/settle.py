@@ -1,0 +1,87 @@
+"""What a command works with, settled before anything is built or downloaded: checkpoint, recipe, preprocessing, data.
+
+Everything that can be wrong is looked at here; options are completed in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat import checkpoint
+from qat.checkpoint import Card
+from qat.cli.agreement import check_agreement
+from qat.errors import QatError
+from qat.models import default_preprocessing
+from qat.recipe import build_recipe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is known before the work begins.
+
+    Args:
+        ckpt: checkpoint that the model comes from.
+        calibrates: the quantizers are still to be filled.
+    """
+
+    ckpt: Path | None
+    calibrates: bool
+
+
+def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
+    """Complete the options of a command, and check them against the checkpoint and the data.
+
+    Args:
+        verb: fit, validate, predict or describe.
+        config: all options, changed in place.
+        given: only those that were given.
+        ckpt: the checkpoint, once ``last`` is replaced by a file.
+
+    Raises:
+        QatError: for the first thing that is wrong.
+    """
+    model, data = config.model, config.data
+    if ckpt is not None:
+        card, content = checkpoint.read(ckpt)
+        if verb == "fit" and "optimizer_states" not in content:
+            raise QatError(
+                f"{ckpt} holds weights only, no state of a run to resume: to start from them, give it as "
+                "--model.quant_checkpoint, with the recipe that it was made with"
+            )
+        check_agreement(card, ckpt, given)
+        _take_from(card, model, data)
+    if model.arch is None:
+        raise QatError("model.arch is not set: give the name of a timm model, a --config or a --ckpt")
+    table = build_recipe(model.recipe, model.rules or [], model.w_bits, model.a_bits)
+    stated = {**(model.preprocessing or {}), **(data.preprocessing or {})}
+    preprocessing = default_preprocessing(model.arch, model.model_args).override(stated)
+    data.preprocessing = model.preprocessing = preprocessing.to_dict()
+    for part in (data, model):
+        part.seed = config.seed_everything if part.seed is None else part.seed
+    if model.quant_checkpoint is not None:
+        checkpoint.read(model.quant_checkpoint, "--model.quant_checkpoint")
+    calibrates = bool(table) and ckpt is None and model.quant_checkpoint is None
+    if given.get("calibration") and not calibrates:
+        log.info("the model is calibrated already: calibration.* is not used")
+    if verb != "describe":
+        from qat.data.check import check_data
+
+        check_data(verb, model, data, ckpt, calibrates)
+    if verb != "fit":
+        model.teacher = None
+    return Settled(ckpt, calibrates)
+
+
+def _take_from(card: Card, model: Any, data: Any) -> None:
+    """Give the options of the model the values that the card of a checkpoint has."""
+    stored = {"arch": card.arch, "model_args": card.model_args, "num_classes": card.num_classes}
+    stored |= {"recipe": "float", "rules": card.rules, "w_bits": None, "a_bits": None}
+    stored |= {"checkpoint": None, "quant_checkpoint": None, "fresh_head": False, "classes": card.classes}
+    for key, value in stored.items():
+        model[key] = value
+    data.preprocessing = model.preprocessing = card.preprocessing

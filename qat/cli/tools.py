@@ -1,0 +1,68 @@
+"""Verbs without a model to train: their options come from a dataclass, and their work is a function of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jsonargparse import ArgumentParser
+
+from qat.errors import QatError, first_line
+
+
+class Tool(NamedTuple):
+    """What a verb does.
+
+    Args:
+        options: dataclass of what can be given; its docstring is the help.
+        work: what is done with them.
+        description: for the help.
+        positional: paths that are given without a name, and their help.
+    """
+
+    options: Callable[..., Any]
+    work: Callable[[Any], None]
+    description: str | None
+    positional: dict[str, str]
+
+
+def run(verb: str, arguments: Sequence[str]) -> None:
+    """Do the work of a verb with the options of a command line, or of YAML files that it names.
+
+    Raises:
+        QatError: bad input, or a disk that is full; what is finished is kept.
+    """
+    tool = _find(verb)
+    parser = ArgumentParser(prog=f"qat {verb}", description=tool.description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="config", help="YAML file of options; later options win.")
+    for word, text in tool.positional.items():
+        parser.add_argument(word, metavar=word.upper(), type=Path, help=text)
+    parser.add_class_arguments(tool.options, as_group=False, skip=set(tool.positional))
+    values = parser.instantiate(parser.parse_args(list(arguments)))
+    options = tool.options(**{key: value for key, value in values.items() if key != "config"})
+    try:
+        tool.work(options)
+    except OSError as error:  # a full disk, above all
+        raise QatError(f"{first_line(error)}; what is finished is kept") from None
+
+
+def _find(verb: str) -> Tool:
+    """The tool of a verb; only what it needs is imported."""
+    match verb:
+        case "make-softlabels":
+            from qat.labeling import make, plan
+
+            return Tool(plan.Options, make.make_softlabels, make.__doc__, {})
+        case "import-fkd":
+            from qat.labeling import import_fkd
+
+            places = {"labels": "folder of the label files"}
+            return Tool(import_fkd.Options, import_fkd.import_fkd, import_fkd.__doc__, places)
+        case "convert-official":
+            from qat.official import files
+
+            places = {"input": "official .pth or .pth.tar file", "output": ".safetensors, or .ckpt for a quantized one"}
+            return Tool(files.Options, files.convert_file, files.__doc__, places)
+        case _:
+            raise AssertionError(f"{verb} is no tool")

@@ -1,0 +1,119 @@
+"""Soft labels of FKD, a file per image, to one HDF5 file (docs/softlabels.md).
+
+qat import-fkd LABELS --data.root /path/to/imagenet --teacher tf_efficientnet_l2.ns_jft_in1k_475
+       --label_type marginal_smoothing_k5 --trust_pickles true --out labels.h5
+
+LABELS holds imagenet/train/<class>/<image>.tar, train/<class>/<image>.tar or <class>/<image>.tar. Every image of
+data.root/train needs its file. A run that was stopped goes on when it is started again with the same options.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from qat.data.crops import CropLaw
+from qat.data.folder import class_names, find_images
+from qat.data.softlabels.fkd import LABEL_TYPES, LabelFolder, class_folder
+from qat.data.softlabels.store import Header, open_store, sha256_of
+from qat.data.softlabels.writer import Writer
+from qat.labeling.plan import SPLIT, Folder, check_out, prepare
+from qat.preprocessing import Preprocessing
+from qat.progress import Progress
+
+log = logging.getLogger(__name__)
+UNKNOWN: dict[str, Any] = {"teacher_sha256": "", "seed": -1, "batch_size": 0, "precision": "unknown"}  # not in a set
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to import, and how it was made: the files do not say, and the defaults are those of FKD.
+
+    Args:
+        labels: folder of the label files.
+        data: the images that the labels were made on.
+        teacher: name of the model that made the labels.
+        label_type: of the set.
+        out: file to write; an unfinished one goes on, if it was begun with the same options.
+        trust_pickles: read files that could run code; only for those of people you trust.
+        teacher_input_size: side of the crops that the teacher saw, pixels.
+        interpolation: how they were resized: nearest, bilinear or bicubic.
+        mean: that the teacher's input was normalized with, per channel.
+        std: likewise.
+        temperature: that logits were divided by.
+        crop_scale: lowest and highest area of a crop, as a part of the image.
+        crop_ratio: lowest and highest width / height of a crop.
+        flip: probability that a crop is mirrored left to right.
+    """
+
+    labels: Path
+    data: Folder
+    teacher: str
+    label_type: Literal[
+        "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm", "marginal_renorm_k5", "smoothing",
+        "hard", "ori",
+    ]  # fmt: skip
+    out: Path
+    trust_pickles: bool = False
+    teacher_input_size: int = 475
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    temperature: float = 1.0
+    crop_scale: tuple[float, float] = (0.08, 0.936)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_out(self.out)
+
+    def header(self, crops: int, paths: Sequence[str], classes: Sequence[str]) -> Header:
+        """What the store says of its labels; QatError for options that no teacher can have had."""
+        size, kind = self.teacher_input_size, LABEL_TYPES[self.label_type]
+        seen = Preprocessing(size, size, self.interpolation, self.mean, self.std)
+        law = CropLaw(self.crop_scale, self.crop_ratio, self.flip)
+        return Header(
+            **UNKNOWN,
+            teacher=self.teacher,
+            teacher_input_size=seen.size,
+            teacher_interpolation=seen.interpolation,
+            mean=seen.mean,
+            std=seen.std,
+            temperature=self.temperature,
+            label_type=kind.stored_as,
+            top_k=kind.top_k or len(classes),
+            num_crops=crops,
+            num_classes=len(classes),
+            crop_scale=law.scale,
+            crop_ratio=law.ratio,
+            flip_p=law.flip,
+            split=SPLIT,
+            class_list_sha256=sha256_of(classes),
+            path_list_sha256=sha256_of(paths),
+        )
+
+
+def import_fkd(options: Options) -> None:
+    """Import the labels of every image that has none yet; QatError for bad input."""
+    folder = options.data.root / SPLIT
+    paths, classes = find_images(folder), class_names(folder)
+    base = class_folder(options.labels, classes)
+    source = LabelFolder(base, LABEL_TYPES[options.label_type], len(classes), options.trust_pickles)
+    source.check(paths)
+    crops = source.crops(paths[0])
+    if source.is_half(paths[0]):
+        log.warning("boxes in half precision: those of large images can be a pixel off (docs/softlabels.md)")
+    source.row(paths[0], folder / paths[0], crops)  # a wrong label_type, before there is a file
+    prepare(options.out, options.header(crops, paths, classes), paths, classes)
+    with open_store(options.out) as file:
+        todo = np.flatnonzero(file["done"][:] == 0).tolist()
+    with Writer(options.out) as writer, Progress("images", len(todo)) as progress:
+        for index in todo:
+            writer.put(index, source.row(paths[index], folder / paths[index], crops))
+            progress.advance(1)
+    log.info("%s: all %d images have labels, %.1f MB", options.out, len(paths), options.out.stat().st_size / 1e6)
