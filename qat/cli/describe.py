@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -31,7 +32,8 @@ def run(verb: str, arguments: Sequence[str]) -> Cost:
         return show(model, card.arch, card.preprocessing["size"], config.full)
     config.model.checkpoint = config.model.quant_checkpoint = None
     options: ModelOptions = parser.instantiate(config).model
-    model, card, _ = build_student(options)
+    with torch.device("meta"):  # shapes are enough
+        model, card, _ = build_student(options)
     return show(model, card.arch, card.preprocessing["size"], config.full)
 
 

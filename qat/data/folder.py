@@ -6,8 +6,6 @@ import os
 from functools import cache
 from pathlib import Path
 
-from timm.data.imagenet_info import ImageNetInfo
-
 from qat.errors import QatError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
@@ -21,6 +19,8 @@ def is_image(name: str) -> bool:
 @cache
 def wnids() -> tuple[str, ...]:
     """The 1,000 ILSVRC-2012 class names in the order of the labels, which is the sorted one."""
+    from timm.data.imagenet_info import ImageNetInfo  # timm loads torchvision, which takes a second
+
     names: list[str] = ImageNetInfo().label_names()
     assert names == sorted(set(names))
     return tuple(names)

@@ -241,8 +241,10 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def calibrated(self) -> bool:
-        """Every parameter and buffer is finite."""
-        return all(bool(torch.isfinite(values).all()) for values in (*self.parameters(), *self.buffers()))
+        """Every parameter and buffer is finite; one without values, on the meta device, is not."""
+        return not self.step.is_meta and all(
+            bool(torch.isfinite(values).all()) for values in (*self.parameters(), *self.buffers())
+        )
 
     def view(self, values: Tensor, x: Tensor) -> Tensor:
         """One value per group (G,) shaped so that it broadcasts over ``x``."""
