@@ -39,4 +39,4 @@ demo: install
 
 clean:
 	rm -rf build dist demo_out .mypy_cache .pytest_cache .ruff_cache *.egg-info
-	find benchmarks qat tests tools -type d -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks qat scripts tests tools -type d -name __pycache__ -prune -exec rm -rf {} +

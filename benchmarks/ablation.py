@@ -1,11 +1,11 @@
-"""What each part of the method is worth: W2A2 on handwritten digits, several seeds, every arm with the same budget.
+"""What each part of the method is worth at W2A2 on handwritten digits: arms of equal length, several seeds each.
 
     python benchmarks/ablation.py --out ablation_out        -> 15 minutes on 2 cores; finished runs are not run again
 
-Trains the float model of `make demo` once, then quantizes it with every arm and seed through `qat fit`, and prints the
-mean and the spread (standard deviation over seeds) of top-1, of the training loss at the end, and of the share of
-low-bit weights that oscillate. Arms of the first group add up to per-head steps, and each of the last three adds one
-thing to that; arms of the second group change the gain of the step gradients under AdamW.
+The float model of `make demo` is trained once and then quantized with every arm and seed by `qat fit`. The table has
+mean and standard deviation over seeds of top-1, of the training loss at the end, and of the share of low-bit weights
+that oscillate. Among the first arms, LSQ, module-dependent steps and per-head steps build on each other, and the three
+indented ones each add one thing to per-head steps. The other arms change the gain of the step gradients under AdamW.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Options = dict[str, Any]
 
 
 def lsq(bits: str, **options: Any) -> Options:
-    """The spec of a rule."""
+    """The spec of a rule that quantizes with LSQ."""
     return {"class_path": "LSQ", "init_args": {"bits": bits, **options}}
 
 
@@ -46,7 +46,7 @@ TRACKER = {"class_path": "OscillationTracker"}
 
 
 def gains(weights: str, activations: str) -> Options:
-    """The recipe vvtq with another gain of the step gradients in the blocks."""
+    """Options of a model: the recipe vvtq with other gains of the step gradients in the blocks."""
     specs = [
         ("blocks.*.weight_quant", lsq("w_bits", grad_scale=weights)),
         ("blocks.*.attn.qkv.weight_quant", lsq("w_bits", granularity="qkv", grad_scale=weights)),
@@ -59,7 +59,7 @@ def gains(weights: str, activations: str) -> Options:
 
 
 def regularized(reduction: str) -> Options:
-    """Per-head steps and the bin regularizer."""
+    """Options of a model: per-head steps and the bin regularizer."""
     options = {"class_path": "BinRegularizer", "init_args": {"reduction": reduction, "weight": 0.01}}
     return {"recipe": "vvtq", "rules": HEADS, "regularizers": [options]}
 
@@ -80,7 +80,7 @@ ARMS: dict[str, tuple[Options, list[Options]]] = {  # options of the model, call
 
 
 def train(out: Path, arm: str, seed: int, weights: Path) -> Options:
-    """One run, or what an earlier one found."""
+    """Train with an arm and a seed, unless that is done already; returns what `measured` found."""
     from qat.cli.main import run
 
     result = out / "results" / f"{list(ARMS).index(arm)}_{seed}.json"
@@ -98,7 +98,7 @@ def train(out: Path, arm: str, seed: int, weights: Path) -> Options:
 
 
 def measured(folder: Path) -> Options:
-    """Top-1 of the last validation, mean training loss of the last 10 entries, oscillating share: from a run folder."""
+    """Of a run: top-1 of the last validation, mean of the last 10 losses, share of oscillating weights."""
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     sites = {row["site"]: row for row in csv.DictReader((folder / "oscillation.csv").open())}
@@ -111,7 +111,7 @@ def measured(folder: Path) -> Options:
 
 
 def float_weights(out: Path) -> Path:
-    """The checkpoint of the float model, trained when there is none."""
+    """The checkpoint of the float model, which is trained first if there is none."""
     import digits
 
     from qat.cli.main import run

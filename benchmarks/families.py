@@ -1,6 +1,6 @@
 """Every model family on handwritten digits: a small float model of each, quantized at W3A3 and W2A2.
 
-    python benchmarks/families.py --out families_out        -> 20 minutes on 2 cores; finished runs are not run again
+    python benchmarks/families.py --out families_out        -> 20 minutes on 2 cores; finished runs are kept
 
 Float models train as configs/demo/float.yaml says and quantized ones as configs/demo/qat.yaml, with the float model as
 their teacher; only architecture and image size differ. One seed; 360 validation images, so one image is 0.28 points.
@@ -24,21 +24,21 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = (3, 2)
 
 
-class Family(NamedTuple):
-    """A small member of a family."""
+class Member(NamedTuple):
+    """A small model of a family."""
 
     arch: str
     size: int  # side of the images, pixels
     model_args: dict[str, Any]
 
 
-FAMILIES = {
-    "ViT": Family("vit_tiny_patch16_224", 16, {"patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3}),
-    "Swin": Family(
+MEMBERS = {
+    "ViT": Member("vit_tiny_patch16_224", 16, {"patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3}),
+    "Swin": Member(
         "swin_tiny_patch4_window7_224", 16,
         {"patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]},
     ),
-    "SReT": Family(
+    "SReT": Member(
         "sret_tiny", 32,
         {"embed_dims": [24, 48], "depths": [1, 1], "num_heads": [2, 4], "groups": [[4, 2], [2, 1]]},
     ),
@@ -46,8 +46,8 @@ FAMILIES = {
 
 
 def options(out: Path, family: str) -> list[str]:
-    """Of every command for a family."""
-    arch, size, model_args = FAMILIES[family]
+    """The options that all commands for a family share."""
+    arch, size, model_args = MEMBERS[family]
     found = {
         "data.root": out / "data",
         "model.arch": arch,
@@ -58,7 +58,7 @@ def options(out: Path, family: str) -> list[str]:
 
 
 def last(out: Path, name: str) -> Path | None:
-    """The last checkpoint of a run, if there is one."""
+    """The newest last.ckpt of a run; None where there is none."""
     return next(iter(sorted((out / "runs" / name).glob("*/last.ckpt"), reverse=True)), None)
 
 
@@ -70,7 +70,7 @@ def run(words: list[str]) -> float:
 
 
 def fit(out: Path, name: str, config: str, more: list[str]) -> float:
-    """Top-1 of a run, or of the one that there is."""
+    """Top-1 of a training run, which is not repeated where its result exists."""
     result = out / f"{name}.json"
     if not result.is_file():
         words = ["fit", "--config", str(ROOT / f"configs/demo/{config}.yaml"), *more]
@@ -80,7 +80,7 @@ def fit(out: Path, name: str, config: str, more: list[str]) -> float:
 
 
 def measure(out: Path, family: str) -> dict[str, float]:
-    """Top-1 of a family: float, and calibrated and trained at each width."""
+    """Top-1 of the float model of a family, and calibrated and trained at each width."""
     common = options(out, family)
     found = {"float": fit(out, f"{family}_float", "float", common)}
     weights = str(last(out, f"{family}_float"))
@@ -98,13 +98,13 @@ def measure(out: Path, family: str) -> dict[str, float]:
                 str(out / "calibrated"),
             ]
         )
-        teacher = ["--model.teacher", FAMILIES[family].arch, "--model.teacher_checkpoint", weights]
+        teacher = ["--model.teacher", MEMBERS[family].arch, "--model.teacher_checkpoint", weights]
         found[f"W{bits}A{bits} trained"] = fit(out, f"{family}_w{bits}a{bits}", "qat", [*quantized, *teacher])
     return found
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Do the runs that are missing and print the table."""
     parser = argparse.ArgumentParser(description="Every model family on handwritten digits.")
     parser.add_argument("--out", type=Path, default=Path("families_out"), help="folder for everything (families_out)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each (2)")
@@ -113,7 +113,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
         pool.submit(digits, given.out / "data").result()
-        found = dict(zip(FAMILIES, pool.map(measure, [given.out] * len(FAMILIES), FAMILIES), strict=True))
+        found = dict(zip(MEMBERS, pool.map(measure, [given.out] * len(MEMBERS), MEMBERS), strict=True))
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("top-1 %", *next(iter(found.values()))):
         table.add_column(name, justify="left" if name == "top-1 %" else "right", no_wrap=True)
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def digits(folder: Path) -> None:
-    """The images."""
+    """Write the images."""
     import sys
 
     sys.path.insert(0, str(ROOT / "tools"))

@@ -4,7 +4,7 @@
     python benchmarks/ptq.py ... --only 'repq_vit *' --seeds 0                 -> a minute for each
 
 A case is calibrated on images of DIR/train and evaluated on all of DIR/val, in a process of its own, so that its peak
-memory is its own. What is in OUT is not run again. Evaluation is compared within one process: the same batches through
+memory is its own. Results in OUT are kept. Evaluation is compared within one process: the same batches through
 the float and the quantized model in turn, median of the ratios. Top-1 is what `qat validate` prints.
 """
 
@@ -36,11 +36,11 @@ from qat.ptq import InitSteps, Observe, OutputSearch, PTQMethod, RepQViT
 from qat.sites.describe import summary
 
 BATCH = 50
-ROUNDS = 2  # of the comparison with float
+ROUNDS = 2  # repeats of the comparison with the float model
 
 
 class Case(NamedTuple):
-    """A recipe, the method that fills it, widths, and how many images it sees."""
+    """A recipe, the method that fills it, widths, and the number of calibration images."""
 
     recipe: str
     method: PTQMethod
@@ -111,7 +111,7 @@ def _time(model: nn.Module, x: Tensor) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """A line for each case, over its seeds."""
+    """A line for each case, with the mean over its seeds."""
     found = Table(box=box.SIMPLE_HEAD)
     for column in ("case (images)", "top-1 %", "seeds", "calibration s", "evaluation / float", "MB", "levels"):
         found.add_column(column, no_wrap=column != "levels")
@@ -129,7 +129,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    """Run what is missing, print what there is."""
+    """Run the cases that have no result yet, and print all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
     parser.add_argument("--checkpoint", required=True, help="float weights, a local file")
@@ -137,7 +137,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ptq_out"))
     parser.add_argument("--only", default="*", help="glob over '<recipe> <method> W<bits>A<bits> <images>'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--run", action=argparse.BooleanOptionalAction, default=True, help="or show what there is")
+    parser.add_argument(
+        "--run", action=argparse.BooleanOptionalAction, default=True, help="or only show the results so far"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a case, in a process of its own
     args = parser.parse_args()

@@ -23,46 +23,48 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from qat.data.crops import CropLaw, draw
+from qat.data.crops import CropDistribution, draw
 from qat.data.folder import class_names, find_images
 from qat.data.imagenet import ImageNetDataModule
 from qat.data.options import DataOptions
-from qat.data.softlabels.reader import SoftLabels, chosen, recover
-from qat.data.softlabels.store import Header, Row, create, sha256_of
+from qat.data.softlabels.reader import SoftLabels
+from qat.data.softlabels.replay import next_crops, recover
+from qat.data.softlabels.store import Header, ImageLabels, create, sha256_of
 from qat.data.softlabels.writer import Writer
 from qat.data.streams import rng_for
 
 ROWS, CROPS, TOP_K, CLASSES = 20_000, 500, 5, 1_000
 READS, WORKERS, RUNS, BATCH, PASSES = 20_000, 2, 5, 64, 2
-LAW = CropLaw((0.08, 0.936))
+TRAINING_CROPS = CropDistribution((0.08, 0.936))
 PREPROCESSING = {"size": 224, "resize": 256, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 def header(paths: list[str], classes: list[str], crops: int) -> Header:
-    """Of labels that no teacher has made."""
+    """The header of a store whose labels no teacher has made."""
     return Header(
         teacher="none", teacher_sha256="", teacher_input_size=224, teacher_interpolation="bicubic", mean=(0.5,) * 3,
         std=(0.5,) * 3, temperature=1.0, label_type="marginal_smoothing", top_k=TOP_K, num_crops=crops,
-        num_classes=len(classes), crop_scale=LAW.scale, crop_ratio=LAW.ratio, flip_p=LAW.flip, seed=0, batch_size=1,
+        num_classes=len(classes), crop_scale=TRAINING_CROPS.scale, crop_ratio=TRAINING_CROPS.ratio,
+        flip_p=TRAINING_CROPS.flip, seed=0, batch_size=1,
         precision="none", split="train", class_list_sha256=sha256_of(classes), path_list_sha256=sha256_of(paths),
     )  # fmt: skip
 
 
-def row(height: int, width: int, crops: int, classes: int, rng: np.random.Generator) -> Row:
-    """Real boxes, labels at random."""
-    drawn = [draw(LAW, height, width, rng) for _ in range(crops)]
+def random_labels(height: int, width: int, crops: int, classes: int, rng: np.random.Generator) -> ImageLabels:
+    """Boxes as they are drawn for training, with random labels."""
+    drawn = [draw(TRAINING_CROPS, height, width, rng) for _ in range(crops)]
     boxes = np.array([[c.top, c.left, c.height, c.width] for c in drawn], np.uint16)
     names = np.stack([rng.permutation(classes)[:TOP_K] for _ in range(crops)]).astype(np.uint16)
     probs = -np.sort(-rng.dirichlet(np.ones(TOP_K + 1), crops))[:, :TOP_K]
-    return Row(boxes, np.array([c.flip for c in drawn]), names, probs.astype(np.float16), (height, width))
+    return ImageLabels(boxes, np.array([c.flip for c in drawn]), names, probs.astype(np.float16), (height, width))
 
 
 def large_store(path: Path) -> None:
-    """20,000 rows of 500 crops; every row holds the labels of the same image."""
+    """A store of 20,000 images with 500 crops each; every image has the same labels."""
     classes = [f"n{i:08d}" for i in range(CLASSES)]
     paths = sorted(f"{classes[i % CLASSES]}/{classes[i % CLASSES]}_{i:05d}.JPEG" for i in range(ROWS))
     create(path, header(paths, classes, CROPS), paths, classes, "benchmark")
-    crops, flips = row(375, 500, CROPS, CLASSES, np.random.default_rng(0)).packed()
+    crops, flips = random_labels(375, 500, CROPS, CLASSES, np.random.default_rng(0)).packed()
     with h5py.File(path, "r+") as file:
         for start in range(0, ROWS, 1_000):
             file["crops"][start : start + 1_000] = np.broadcast_to(crops, (1_000, *crops.shape))
@@ -72,18 +74,18 @@ def large_store(path: Path) -> None:
 
 
 def read_rows(path: Path, seed: int) -> float:
-    """Seconds per image: its row, four of its crops that come next, and their labels."""
+    """Seconds per image to choose the next four crops, read their labels and recover them."""
     labels = SoftLabels(path)
     order = np.random.default_rng(seed).integers(ROWS, size=READS).tolist()
     start = time.perf_counter()
     for index in order:
-        some = labels.row(index).take(chosen(0, index, CROPS, 8, 4))
+        some = labels.read(index, next_crops(0, index, CROPS, 8, 4))
         recover(labels.header, some.classes, some.probs)
     return (time.perf_counter() - start) / READS
 
 
 def read_rows_of(arguments: tuple[Path, int]) -> float:
-    """The same in a worker, with one thread."""
+    """`read_rows` in a worker, with one thread."""
     torch.set_num_threads(1)
     return read_rows(*arguments)
 
@@ -100,13 +102,13 @@ def generated(root: Path, count: int = 400) -> None:
 
 
 def small_store(path: Path, root: Path, crops: int = 16) -> None:
-    """Labels of the images below ``root``."""
+    """A store with random labels of the images below ``root``."""
     paths, classes = list(find_images(root / "train")), class_names(root / "train")
     create(path, header(paths, classes, crops), paths, classes, "benchmark")
     with Writer(path) as writer:
         for index, name in enumerate(paths):
             with Image.open(root / "train" / name) as image:
-                writer.put(index, row(image.height, image.width, crops, len(classes), rng_for(0, 0, index)))
+                writer.put(index, random_labels(image.height, image.width, crops, len(classes), rng_for(0, 0, index)))
 
 
 def ours(root: Path, labels: Path, crops: int) -> Callable[[], Iterator[int]]:
@@ -122,7 +124,11 @@ def ours(root: Path, labels: Path, crops: int) -> Callable[[], Iterator[int]]:
 
 def plain(root: Path) -> Callable[[], Iterator[int]]:
     """Crops per batch of torchvision: one crop per decoded image, not even normalized."""
-    steps = [transforms.RandomResizedCrop(224, LAW.scale), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+    steps = [
+        transforms.RandomResizedCrop(224, TRAINING_CROPS.scale),
+        transforms.RandomHorizontalFlip(),
+        transforms.PILToTensor(),
+    ]
     images = ImageFolder(str(root / "train"), transforms.Compose(steps))
     loader = DataLoader(images, BATCH, shuffle=True, num_workers=WORKERS)
     return lambda: (len(batch) for _ in range(PASSES) for batch, _ in loader)
@@ -141,7 +147,7 @@ def rates(pipelines: dict[str, Callable[[], Iterator[int]]]) -> dict[str, float]
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--root", type=Path, help="folder with train/<class>/*.JPEG")
     root = parser.parse_args().root

@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --blocks       -> also with every block compiled as a whole: minutes on a CPU
 
 A step is what `qat fit` does with a batch that is on the device: normalize uint8 crops, forward, cross-entropy with
-labels, backward, AdamW, `project_`. The float step is the same with timm's own model and its fused attention. All
+labels, backward, AdamW, projection. The float step is the same with timm's own model and its fused attention. All
 variants run in turn, in one process, on one batch; the median of their times is reported. The ratio is the figure of
 merit: a time depends on the machine and its load, a ratio within one run far less.
 
@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from qat.data.images import Batch
 from qat.ptq import InitSteps
+from qat.quantizers.projection import Projection
 from qat.sites.insert import quantizers
 from qat.training.losses import cross_entropy
 from qat.training.module import QATModule
@@ -47,7 +48,7 @@ Row = tuple[float, int, float]
 
 @dataclass(frozen=True)
 class Variant:
-    """What the model of a step is."""
+    """What is measured."""
 
     name: str
     quantized: bool = True
@@ -68,7 +69,7 @@ BLOCKS = (Variant("float, blocks", quantized=False, blocks=True), Variant("quant
 
 @dataclass(frozen=True)
 class Result:
-    """One variant in one setting: median in seconds, memory in bytes, and what the first steps took (compilation)."""
+    """One variant in one setting: median seconds, bytes of memory, and seconds of the first steps with compilation."""
 
     device: str
     dtype: str
@@ -85,7 +86,7 @@ class Step:
         module: float, or quantized and not yet calibrated.
         batch: crops on the device.
         dtype: of autocast; float32 leaves it off.
-        variant: what is on.
+        variant: what is measured.
     """
 
     def __init__(self, module: QATModule, batch: Batch, dtype: torch.dtype, variant: Variant) -> None:
@@ -94,15 +95,16 @@ class Step:
         self.module.train()
         for block in self.module.model.blocks if variant.blocks else ():
             block.compile()
+        self.project = Projection(quantizer for _, quantizer in quantizers(self.module.model))
         self.regularizer = BinRegularizer() if variant.regularized else None
+        self.sites = self.regularizer.choose(self.module.model) if self.regularizer else []
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-5)
 
     def __call__(self) -> None:
         self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for _, quantizer in quantizers(self.module.model):
-            quantizer.project_()
+        self.project()
 
     def loss(self) -> Tensor:
         """The forward pass."""
@@ -110,7 +112,7 @@ class Step:
             loss = cross_entropy(self.module(self.batch.images), self.batch.labels)
             if self.regularizer is None:
                 return loss
-            return loss + self.regularizer.weight * self.regularizer(self.module.model)
+            return loss + self.regularizer.weight * self.regularizer.penalty(self.sites)
 
     def seconds(self) -> float:
         """Wall-clock time of one step, the work on the device included."""
@@ -123,7 +125,7 @@ class Step:
 
 
 def saved_bytes(step: Step) -> int:
-    """Bytes that are allocated in the forward pass and not freed in it: what is kept for backward, and the loss."""
+    """Bytes that the forward pass allocates and does not free: what is kept for backward, and the loss."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = step.loss()
     loss.backward()
@@ -185,6 +187,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each variant (7)")
     parser.add_argument("--bits", type=int, default=4, help="width of weights and activations (4)")
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm model (deit_tiny_patch16_224)")
+    parser.add_argument("--model_args", type=json.loads, help="JSON of further arguments of the timm constructor")
     parser.add_argument("--eager", action="store_true", help="leave out what torch.compile compiles")
     parser.add_argument("--blocks", action="store_true", help="also compile whole blocks, for comparison")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; PyTorch's choice when not given")
@@ -203,7 +206,9 @@ def maker(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Calla
     def make(variant: Variant) -> Step:
         torch.manual_seed(0)
         bits = {"recipe": "vvtq", "w_bits": options.bits, "a_bits": options.bits} if variant.quantized else {}
-        module = QATModule(ModelOptions(arch=options.model, checkpoint=None, compile=variant.compiled, **bits))
+        module = QATModule(
+            ModelOptions(options.model, None, model_args=options.model_args, compile=variant.compiled, **bits)
+        )
         size, classes = module.preprocessing.size, module.card.num_classes
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (options.batch, 3, size, size), dtype=torch.uint8, generator=generator)

@@ -1,4 +1,4 @@
-"""Checkpoints that describe themselves: everything needed to rebuild the model lies beside its weights."""
+"""Checkpoints that describe themselves: a card with everything that rebuilds the model lies beside its weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from qat.sites.insert import quantize
 
 KEY = "qat"
 FORMAT = 1
-AVERAGED = "current_model_state"  # where a weight average puts the weights that training goes on from
+AVERAGED = "current_model_state"  # where a weight average puts the weights that training resumes from
 PREFIX = "model."  # what the LightningModule puts before every name of the timm model
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint says of its model; plain data only, so it loads under ``weights_only=True``.
+    """What a checkpoint says about its model; plain data only, so it loads under ``weights_only=True``.
+
+    This is the one list of what has to agree where a checkpoint meets options or another model.
 
     Args:
         arch: timm model name.
@@ -57,27 +59,46 @@ class Card:
         model = build_float(self.arch, None, self.num_classes, self.model_args)
         return quantize(model, [Rule.from_dict(rule) for rule in self.rules]) if self.rules else model
 
+    def options(self) -> dict[str, Any]:
+        """The options under ``model`` that the card replaces, with the values that build its model again."""
+        resolved = {"recipe": "float", "w_bits": None, "a_bits": None}
+        weights = {"checkpoint": None, "quant_checkpoint": None, "fresh_head": False}
+        return {**asdict(self), **resolved, **weights}
+
+    def difference(self, other: Card, evaluates_alike: bool = False) -> str | None:
+        """The name of the first field in which two cards differ, or None where weights of one fit the other.
+
+        Args:
+            other: card to compare with.
+            evaluates_alike: preprocessing must agree too, and class names where both cards have them.
+        """
+        names = ["arch", "model_args", "num_classes", "rules"]
+        if evaluates_alike:
+            names += ["preprocessing", *(["classes"] if self.classes and other.classes else [])]
+        return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
+
+
+REPLACED_BY_A_CARD = frozenset(Card("", {}, 0, [], {}, []).options())  # names of options
+
 
 def check_restored(content: Mapping[str, Any], card: Card, fits: bool, averages: bool) -> None:
-    """Raise QatError when a checkpoint is of another model than ``card``.
+    """Raise QatError when a checkpoint cannot be restored into the model that ``card`` describes.
 
     Args:
-        content: of the checkpoint.
-        card: of the model that it is restored into.
-        fits: training goes on, rather than evaluation.
+        content: what the checkpoint holds.
+        card: of the model that was built.
+        fits: training resumes, rather than evaluation.
         averages: the run has a weight average.
     """
     if fits and AVERAGED in content and not averages:
         raise QatError(
-            "the checkpoint is of a run with a weight average, which goes on from other weights than these: "
-            "add the callback again (--config configs/add/average.yaml)"
+            "the checkpoint was written with a weight average, and training would resume from the average instead of "
+            "the weights: add the callback again (--config configs/add/average.yaml)"
         )
     if KEY not in content:
         raise QatError("the checkpoint was not written by `qat fit`: it does not describe its model")
-    theirs = Card.from_dict(content[KEY], "the checkpoint")
-    for field in ("arch", "model_args", "num_classes", "rules"):
-        if getattr(theirs, field) != getattr(card, field):
-            raise QatError(f"the checkpoint is of another model: its {field} differs from the one built here")
+    if (field := Card.from_dict(content[KEY], "the checkpoint").difference(card)) is not None:
+        raise QatError(f"the checkpoint holds another model: {field} differs from the model that was built")
 
 
 def read(path: str | Path, option: str = "--ckpt") -> tuple[Card, dict[str, Any]]:
@@ -100,17 +121,16 @@ def read(path: str | Path, option: str = "--ckpt") -> tuple[Card, dict[str, Any]
 
 
 def load_into(model: nn.Module, card: Card, path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint into ``model``, which ``card`` describes, and return what it says of its calibration.
+    """Load a checkpoint into ``model``, which ``card`` describes, and return what it says about its calibration.
 
     Raises:
         QatError: no such file, or its model or recipe differs.
     """
     option = "model.quant_checkpoint"
     theirs, content = read(path, f"--{option}")
-    for field in ("arch", "model_args", "num_classes", "rules", "preprocessing", "classes"):
-        if getattr(theirs, field) != getattr(card, field) and (field != "classes" or (theirs.classes and card.classes)):
-            ways = "calibrate with this config" if field == "rules" else "give the options that it was made with"
-            raise QatError(f"{option}: {path} is of another model, its {field} differs from this one's: {ways}")
+    if (field := theirs.difference(card, evaluates_alike=True)) is not None:
+        way_out = "calibrate with this config" if field == "rules" else "give the options that it was made with"
+        raise QatError(f"{option}: {path} holds another model, {field} differs from this one: {way_out}")
     model.load_state_dict(_weights(content), strict=True)
     calibration: dict[str, Any] = content[KEY].get("calibration", {})
     return calibration

@@ -11,7 +11,10 @@ class QatError(ValueError):
 
 
 def bad_input(error: BaseException) -> BaseException | None:
-    """The error itself, or the one of a class that jsonargparse could not build; None for a defect of the program."""
+    """The error to show in one line, or None for a defect of the program.
+
+    Where jsonargparse could not build a class, that is the error which the class raised.
+    """
     if not isinstance(error, ValueError) or isinstance(error, QatError):
         return error
     if not str(error).startswith("Does not validate"):

@@ -5,7 +5,8 @@ A rule is written the same way in YAML, on the command line, in Python and in a 
     {match: "blocks.*.weight_quant", spec: {class_path: LSQ, init_args: {bits: w_bits, granularity: channel}}}
     {match: "head*", spec: null}                                                  # stays in floating point
 
-In the file of a recipe, ``{recipe: repq_vit}`` stands for all rules of another one.
+In the file of a recipe, ``{recipe: repq_vit}`` includes all rules of another one. Values of their init_args can be
+replaced: ``{recipe: uniform_full, replace: {zero: {code: clipped}}}`` turns each ``zero: code`` into ``clipped``.
 
 ``bits`` is an integer or the word ``w_bits`` or ``a_bits``, filled from the options of that name.
 A recipe can be read, resolved and compared without building a model.
@@ -13,8 +14,9 @@ A recipe can be read, resolved and compared without building a model.
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -32,7 +34,7 @@ from qat.quantizers import Spec
 class Rule:
     """Sites whose name matches the glob ``match`` get ``spec``; ``None`` leaves them in floating point.
 
-    A rule that matches no site is an error, unless it is ``optional``: of layers that only some families have.
+    A rule that matches no site is an error, unless it is ``optional``, for layers that only some families have.
     """
 
     match: str
@@ -41,7 +43,7 @@ class Rule:
 
     @classmethod
     def from_dict(cls, rule: Any) -> Rule:
-        """Read ``{match: glob, spec: null | {class_path, init_args}}``, perhaps ``optional: true``; or QatError."""
+        """Read ``{match: GLOB, spec: null | {class_path, init_args}}`` and ``optional``; QatError for anything else."""
         if not isinstance(rule, Mapping):
             raise QatError(f"rule {rule!r} is not a mapping: write {{match: GLOB, spec: ...}}")
         where = f"rule {rule.get('match', rule)!r}"
@@ -66,17 +68,17 @@ Recipe = Sequence[Rule]
 
 
 def resolve(rules: Recipe, site: str) -> Rule | None:
-    """The last rule that matches the name of a site, or None."""
+    """The last rule that matches the name of a site; None where no rule does."""
     return next((rule for rule in reversed(rules) if fnmatchcase(site, rule.match)), None)
 
 
 def build_recipe(
     recipe: str, rules: Iterable[Any] = (), w_bits: int | None = None, a_bits: int | None = None
 ) -> list[Rule]:
-    """A named recipe (or a path to one) with rules appended and the width words filled.
+    """The rules of a recipe, by its name or path, with ``rules`` appended and integers for the words of widths.
 
     Raises:
-        QatError: unknown recipe, malformed rule, a width word without a value, or a width that no rule uses.
+        QatError: the recipe is unknown, a rule is malformed, a word has no value, or no rule uses a given width.
     """
     table = [Rule.from_dict(rule) for rule in [*read_rules(recipe), *rules]]
     given = {"w_bits": w_bits, "a_bits": a_bits}
@@ -92,18 +94,50 @@ def build_recipe(
 def read_rules(recipe: str, inside: tuple[str, ...] = ()) -> list[Any]:
     """The rules, as plain data, of a recipe that comes with the package or of a YAML file.
 
-    An entry ``{recipe: NAME}`` stands for the rules of another one; ``inside`` are those that led here.
+    Args:
+        recipe: name or path.
+        inside: the recipes that include this one, the outermost first.
+
+    Raises:
+        QatError: there is no such recipe, it is no list, includes itself, or asks for a replacement in vain.
     """
     if recipe in inside:
         raise QatError(f"recipe {recipe!r} contains itself: {' -> '.join((*inside, recipe))}")
     rules: list[Any] = []
     for entry in _read_table(recipe):
         if isinstance(entry, Mapping) and "recipe" in entry:
-            _check_keys(entry, ("recipe",), (), f"recipe {recipe!r}, entry {dict(entry)}")
-            rules += read_rules(str(entry["recipe"]), (*inside, recipe))
+            where = f"recipe {recipe!r}, entry {dict(entry)}"
+            _check_keys(entry, ("recipe", "replace"), (), where)
+            included = read_rules(str(entry["recipe"]), (*inside, recipe))
+            rules += _replaced(included, entry.get("replace", {}), where)
         else:
             rules.append(entry)
     return rules
+
+
+def _replaced(rules: list[Any], replace: Any, where: str) -> list[Any]:
+    """Rules, as plain data, with other values of their init_args: ``replace`` is {option: {old value: new value}}."""
+    if not isinstance(replace, Mapping) or not all(isinstance(values, Mapping) for values in replace.values()):
+        raise QatError(f"{where}: replace is {replace!r}: write {{OPTION: {{OLD: NEW}}}}")
+    rules = copy.deepcopy(rules)
+    unused = {(option, old) for option, values in replace.items() for old in values}
+    for options in _all_init_args(rules):
+        for option, values in replace.items():
+            for old in [old for old in values if option in options and options[option] == old]:
+                options[option] = values[old]
+                unused.discard((option, old))
+    for option, old in sorted(unused, key=str):
+        raise QatError(f"{where}: no included rule has {option}: {old}, so leave that replacement out")
+    return rules
+
+
+def _all_init_args(rules: list[Any]) -> Iterator[dict[str, Any]]:
+    """The init_args of every rule that has some; what is malformed is refused when the rule is built."""
+    for rule in rules:
+        spec = rule.get("spec") if isinstance(rule, dict) else None
+        options = spec.get("init_args") if isinstance(spec, dict) else None
+        if isinstance(options, dict):
+            yield options
 
 
 def _read_table(recipe: str) -> list[Any]:

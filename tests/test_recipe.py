@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qat.errors import QatError
-from qat.quantizers import LSQ
+from qat.quantizers import LSQ, PTF, IntegerNorm, Uniform
 from qat.quantizers.spec import Spec
 from qat.recipe import Rule, build_recipe, read_rules, resolve, spec_from_dict
 
@@ -48,7 +48,7 @@ def test_rules_are_appended_to_the_named_recipe():
     assert table[:-1] == build_recipe("vvtq", w_bits=4, a_bits=3)
 
 
-def test_the_words_are_filled_and_integers_stay():
+def test_words_for_widths_are_replaced_and_integers_stay():
     table = build_recipe("vvtq", w_bits=2, a_bits=3)
     assert resolve(table, "blocks.0.attn.qkv.weight_quant").spec == LSQ(2, granularity="qkv", grad_scale="l1")
     assert resolve(table, "blocks.0.attn.qkv.input_quant").spec == LSQ(3)
@@ -59,7 +59,7 @@ def test_the_words_are_filled_and_integers_stay():
     assert resolve(table, "blocks.0.attn_residual_quant") is None
 
 
-def test_a_word_that_is_not_filled_has_no_width():
+def test_a_word_that_is_not_replaced_is_no_width():
     with pytest.raises(QatError, match="still the word 'w_bits'"):
         _ = LSQ("w_bits").width
 
@@ -70,6 +70,58 @@ def test_every_named_recipe_loads(name):
     table = build_recipe(name, **{word: 4 for word in words if isinstance(word, str)})
     assert all(isinstance(rule.spec.bits, int) for rule in table if rule.spec)
     assert len(table) == len(read_rules(name))
+
+
+FULL = [  # of uniform_full_released: glob, and whether the rule is optional
+    ("patch_embed.proj.*put_quant", False), ("*norm*.output_quant", False), ("*.attn.qkv.output_quant", False),
+    ("*.attn.scores_quant", False), ("*.attn.probs_quant", False), ("*.attn.proj.*put_quant", False),
+    ("*.mlp.fc2.*put_quant", False), ("*_residual_quant", False), ("head*.output_quant", False),
+    ("tokens_quant", True), ("pos_embed_quant", True), ("embed_quant", True),
+    ("*.relative_position_bias_table_quant", True), ("*.downsample.reduction.output_quant", True),
+    ("head.fc.input_quant", True),
+]  # fmt: skip
+
+
+def test_the_released_recipes_of_fq_vit_are_the_plain_ones_with_other_values():
+    weight = Rule("*.weight_quant", Uniform(8, signed=True, granularity="channel", zero="none"))
+    plain = [weight, *(Rule(match, Uniform(8, zero="clipped"), optional) for match, optional in FULL)]
+    assert build_recipe("uniform_full_released", w_bits=8, a_bits=8) == plain
+    powers = PTF(8, zero="clipped")
+    more = [
+        Rule("*norm*.output_quant", IntegerNorm(8, zero="clipped", arithmetic="released")),
+        Rule("*_residual_quant", powers),
+        Rule("embed_quant", powers, optional=True),
+        Rule("*.downsample.reduction.output_quant", powers, optional=True),
+    ]
+    assert build_recipe("fq_vit_888_released", w_bits=8, a_bits=8) == [*plain, *more]
+
+
+def test_a_replacement_changes_the_included_rules_alone(tmp_path):
+    wide = {"class_path": "LSQ", "init_args": {"bits": 8, "init": "lsq"}}
+    base = recipe_file(
+        tmp_path, [{"match": "*", "spec": LSQ4}, {"match": "a", "spec": wide}, {"match": "b", "spec": None}]
+    )
+    entry = {"recipe": base, "replace": {"bits": {8: 4, 4: 3}, "init": {"lsq": "mse"}}}
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump([entry, {"match": "c", "spec": wide}]), encoding="utf-8")
+    expected = [Rule("*", LSQ(3)), Rule("a", LSQ(4)), Rule("b"), Rule("c", LSQ(8, init="lsq"))]
+    assert build_recipe(str(again)) == expected, "8 becomes 4, and does not go on to 3"
+    assert build_recipe(base)[0] == Rule("*", LSQ(4))
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        ({"zero": {"cod": "clipped"}}, "no included rule has zero: cod, so leave that replacement out"),
+        ({"zro": {"code": "clipped"}}, "no included rule has zro: code"),
+        ({"zero": "clipped"}, "replace is .*: write {OPTION: {OLD: NEW}}"),
+        (["zero"], "replace is .*: write"),
+        ({"zero": {"code": "half"}}, "zero is 'half'"),
+    ],
+)
+def test_a_replacement_in_vain_is_refused(tmp_path, replace, message):
+    with pytest.raises(QatError, match=message):
+        build_recipe(recipe_file(tmp_path, [{"recipe": "uniform_full", "replace": replace}]), w_bits=8, a_bits=8)
 
 
 def test_a_recipe_may_be_a_file(tmp_path):

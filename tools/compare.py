@@ -1,10 +1,10 @@
-"""Top-1 of predictions, and the difference of each to the first with a 95 % paired interval.
+"""Compare predictions: the top-1 of each file, and its difference to that of the first file with a 95 % interval.
 
     python tools/compare.py float.csv w4a4_calibrated.csv w4a4.csv
 
-Each file is the output of `qat predict` on the same class folders: the folder of an image is its class. The interval is
-that of the mean of per-image differences (-1, 0 or 1), 1.96 standard errors to each side: images that both models get
-right, or wrong, say nothing about which is better, so pairing makes it narrower than two separate intervals.
+Each file is the output of `qat predict` on the same class folders; the name of an image's folder is its class. The
+differences are paired: each image gives -1, 0 or 1, and the interval reaches 1.96 standard errors of their mean to each
+side. Images that both models get right, or both wrong, do not widen it, as they would widen two separate intervals.
 """
 
 from __future__ import annotations
@@ -20,32 +20,40 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qat.errors import QatError
+from qat.errors import QatError, first_line
 
 
 def hits(path: Path) -> dict[str, bool]:
-    """Image -> whether its most probable class is its folder; QatError if the file is no table of predictions."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"path", "class_1"} <= set(rows[0]):
-        raise QatError(f"{path} is not an output of `qat predict`")
+    """For every image, whether its most probable class is its folder; QatError if the file holds no predictions."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            columns, rows = set(reader.fieldnames or ()), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise QatError(f"cannot read {path}: {first_line(error)}; give an output of `qat predict`") from None
+    if not {"path", "class_1"} <= columns:
+        raise QatError(f"{path} is not an output of `qat predict`: it has no columns path and class_1")
+    if not rows:
+        raise QatError(f"{path} holds no predictions: run `qat predict` on a folder with images")
     return {row["path"]: Path(row["path"]).parent.name == row["class_1"] for row in rows}
 
 
 def interval(differences: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval."""
+    """Mean, and half the width of its 95 % interval; infinite for a single image, which has no spread."""
+    if len(differences) < 2:
+        return float(differences.mean()), float("inf")
     return float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / len(differences) ** 0.5
 
 
 def compare(paths: list[Path]) -> Table:
-    """One line per file."""
+    """A table with one line for each file; QatError for a file that cannot be compared with the first."""
     found = [hits(path) for path in paths]
     names = sorted(found[0])
     for path, other in zip(paths, found, strict=True):
         if set(other) != set(names):
-            raise QatError(f"{path} is about other images than {paths[0]}")
+            raise QatError(f"{path} has other images than {paths[0]}: predict the same folder with every model")
     scores = [np.array([100.0 * result[name] for name in names]) for result in found]
-    table = Table(box=box.SIMPLE_HEAD, caption=f"{len(names)} images; +- is half of a 95 % interval")
+    table = Table(box=box.SIMPLE_HEAD, caption=f"{len(names)} images; +- half of a 95 % interval")
     for column in ("predictions", "top-1 %", f"minus {paths[0].stem}"):
         table.add_column(column, justify="left" if column == "predictions" else "right")
     for path, score in zip(paths, scores, strict=True):
@@ -55,13 +63,13 @@ def compare(paths: list[Path]) -> Table:
     return table
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Read the command line and print the table."""
-    parser = argparse.ArgumentParser(description="Compare predictions on the same images, pairwise.")
+    parser = argparse.ArgumentParser(description="Compare the predictions of several models on the same images.")
     parser.add_argument("predictions", type=Path, nargs="+", help="outputs of `qat predict`; the first is the baseline")
     try:
-        Console().print(compare(parser.parse_args().predictions))
-    except (QatError, OSError) as error:
+        Console().print(compare(parser.parse_args(arguments).predictions))
+    except QatError as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,9 +1,9 @@
-"""The demo: handwritten digits, a small vision transformer, and what 4 and 2 bits do to it before and after training.
+"""The demo: a small vision transformer for handwritten digits, quantized to 4 and to 2 bits, before and after training.
 
     python tools/demo.py                    -> demo_out/, 2 to 3 minutes
-    python tools/demo.py --out DIR --quick     one short pass per training: runs everything, learns little
+    python tools/demo.py --out DIR --quick     one epoch per training: runs everything, learns little
 
-Every command is printed as you would type it, then run in this process: loading PyTorch takes seconds.
+Every command is printed as you would type it, then run in this process, because loading PyTorch takes seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table; sizes in MB, 1 MB = 10**6 bytes."""
+    """One line of the final table; top-1 in percent, sizes in MB of 10**6 bytes."""
 
     model: str
     top1: float
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Demo:
-    """The steps of the demo; everything they write goes to ``out``."""
+    """The steps of the demo; they write everything to ``out``."""
 
     out: Path
     quick: bool
@@ -55,7 +55,7 @@ class Demo:
         return max((runs / name).glob("*/last.ckpt"))  # folders are named by date
 
     def top1(self, name: str, *options: object) -> float:
-        """Evaluate on the 360 validation images, in percent."""
+        """Top-1 on the 360 validation images, in percent."""
         results = self.out / f"{name}.json"
         where = ("--data.root", self.out / "data", "--runs", self.out / "runs", "--name", name)
         qat("validate", *options, *where, "--results_file", results)
@@ -68,7 +68,7 @@ class Demo:
         return ckpt, trained("float", self.top1("float", "--ckpt", ckpt), ckpt)
 
     def quantized(self, bits: int, weights: Path) -> tuple[Row, Row]:
-        """Calibrate the float model only; then train it quantized, with itself as the teacher."""
+        """Quantize the float model by calibration alone, then by training with the float model as the teacher."""
         name = f"w{bits}a{bits}"
         model = ("--config", CONFIGS / "qat.yaml", "--model.checkpoint", weights)
         model += ("--model.w_bits", bits, "--model.a_bits", bits)
@@ -92,17 +92,17 @@ def qat(*options: object) -> None:
 
 
 def show(*words: str) -> None:
-    """A command as a user would type it."""
+    """Print a command as a user would type it."""
     console.print(f"$ {shlex.join(words)}", style="bold cyan")
 
 
 def title(text: str) -> None:
-    """A heading between commands."""
+    """Print a heading between commands."""
     console.print(f"\n== {text}", style="bold")
 
 
 def trained(model: str, top1: float, ckpt: Path) -> Row:
-    """The row of a model that has a checkpoint."""
+    """The row of a trained model, with the sizes of its packed weights and of its checkpoint."""
     from qat import checkpoint
     from qat.sites.describe import cost
 
@@ -112,7 +112,7 @@ def trained(model: str, top1: float, ckpt: Path) -> Row:
 
 
 def table(rows: list[Row]) -> Table:
-    """All rows, for a terminal of 80 columns."""
+    """The final table, for a terminal of 80 columns."""
     made = Table(box=box.SIMPLE_HEAD, caption="packed: weights at their width; last.ckpt: float32, with optimizer")
     made.add_column("model", no_wrap=True)
     for column in ("top-1 %", "packed MB", "last.ckpt MB"):
@@ -123,12 +123,12 @@ def table(rows: list[Row]) -> Table:
 
 
 def run(demo: Demo) -> int:
-    """Everything; 0 when training has improved the model with the fewest bits."""
+    """Run all steps; returns 0 if training has improved the model with the fewest bits, else 1."""
     started = time.perf_counter()
     data = demo.out / "data"
     show("python", os.path.relpath(digits.__file__), str(data))
     digits.write(data)
-    # one thread: two are no faster on so small a model, far slower on a busy machine, and round differently
+    # More threads are no faster on so small a model, far slower on a busy machine, and round differently.
     show("export", "OMP_NUM_THREADS=1")
     os.environ["OMP_NUM_THREADS"] = "1"
     console.print("loading PyTorch, timm and Lightning ...")
@@ -140,17 +140,17 @@ def run(demo: Demo) -> int:
     console.print(table(rows))
     before, after = rows[-2:]
     gained = after.top1 > before.top1
-    verdict = "as it should" if gained else "NOT expected" if not demo.quick else "no wonder after one pass"
+    verdict = "as it should" if gained else "NOT expected" if not demo.quick else "no wonder after one epoch"
     console.print(f"Training takes W{BITS[-1]}A{BITS[-1]} from {before.top1:.2f} % to {after.top1:.2f} %: {verdict}.")
     console.print(f"Runs, results and data are in {demo.out}; the demo took {time.perf_counter() - started:.0f} s.")
     return 0 if gained or demo.quick else 1
 
 
 def main() -> None:
-    """Read the command line and run."""
+    """Read the command line and run the demo."""
     parser = argparse.ArgumentParser(description="Quantize a small vision transformer on handwritten digits.")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything (demo_out)")
-    parser.add_argument("--quick", action="store_true", help="one short pass per training, to try the path")
+    parser.add_argument("--quick", action="store_true", help="one epoch per training, only to see that everything runs")
     args = parser.parse_args()
     try:
         sys.exit(run(Demo(args.out, args.quick)))

@@ -1,4 +1,4 @@
-"""Handwritten digits as a class-folder tree: 1,797 grey images of 8 x 8 pixels, part of scikit-learn (no download).
+"""Write handwritten digits as class folders: 1,797 grey images of 8 x 8 pixels from scikit-learn, without a download.
 
     python tools/digits.py FOLDER    ->  FOLDER/{train,val}/<digit>/<index>.png, 1,437 and 360 images
 
@@ -25,7 +25,11 @@ MARKER = ".complete"  # holds the number of images
 
 
 def write(folder: Path) -> None:
-    """Write the tree once; a complete one is left alone, an interrupted write leaves nothing behind."""
+    """Write the tree, unless a complete one is there; an interrupted write leaves nothing behind.
+
+    Raises:
+        QatError: the folder holds something else, or scikit-learn is missing.
+    """
     if is_complete(folder):
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -38,18 +42,18 @@ def write(folder: Path) -> None:
         try:
             tree.replace(folder)
         except OSError:
-            if not is_complete(folder):  # else another process was faster, and its tree is the same
+            if not is_complete(folder):  # otherwise another process has written the same tree in the meantime
                 raise
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the marker is there with the right count."""
+    """Whether the marker file exists and has the right count."""
     marker = folder / MARKER
     return marker.is_file() and marker.read_text().strip() == str(COUNT)
 
 
 def write_images(tree: Path) -> None:
-    """Write every image under ``tree/{train,val}/<digit>/``, split by digit with a fixed seed."""
+    """Write every image to ``tree/{train,val}/<digit>/``; every digit is split in the same proportion."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -66,7 +70,7 @@ def write_images(tree: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and write."""
+    """Read the command line and write the images."""
     parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits as a class-folder tree.")
     parser.add_argument("folder", type=Path, help="where train/ and val/ go")
     try:

@@ -1,4 +1,4 @@
-"""What a store of soft labels says of one image: its crops, as a student sees them, and their most probable classes.
+"""Draws an image, crops of it as a student sees them, and the most probable classes that a store has for them.
 
 python tools/show_softlabels.py labels.h5 --data.root /path/to/imagenet --output picture.png [--image N_OR_PATH]
 """
@@ -21,19 +21,20 @@ from torch import Tensor
 from qat.data.crops import Crop, replay
 from qat.data.decode import decode, reason
 from qat.data.folder import class_names, find_images, wnids
-from qat.data.softlabels.reader import SoftLabels, check_size, recover
-from qat.data.softlabels.store import Row
+from qat.data.softlabels.reader import SoftLabels, check_size
+from qat.data.softlabels.replay import recover
+from qat.data.softlabels.store import ImageLabels
 from qat.errors import QatError
 
 CROPS, TOP, SIZE = 6, 5, 224  # at most: crops, classes of each; side of a crop, pixels
 NAME = 30  # characters of a class name that fit on its bar
 COLUMNS = 2  # of crops
-MARGIN, HEAD, GAP = 0.25, 1.0, 0.2  # inches: around the picture, of its title, between its parts
+MARGIN, HEAD, GAP = 0.25, 1.0, 0.2  # inches: margin of the picture, height of the title, space between parts
 IMAGE, VIEW, BARS = 6.2, 1.75, 3.05  # inches: most of the image, side of a crop, width of its bars
-TAG, WIDE_TAG = 0.24, 0.44  # inches of a number, and of one with a mark
+TAG, WIDE_TAG = 0.24, 0.44  # inches: width of a number, and of a number with a mark
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#7b3fb5", "#c0202c", "#2f9fd0")
 MIRRORED = "\N{RIGHTWARDS ARROW OVER LEFTWARDS ARROW}"
-STYLE: dict[str, Any] = {"color": "white", "weight": "bold", "fontsize": 10}  # of numbers
+STYLE: dict[str, Any] = {"color": "white", "weight": "bold", "fontsize": 10}  # how numbers are written
 INFO = cache(ImageNetInfo)  # reads files
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -49,7 +50,7 @@ class Shown:
 
     @property
     def colour(self) -> str:
-        """Of its box and its bars."""
+        """The colour of its box and its bars."""
         return COLOURS[(self.number - 1) % len(COLOURS)]
 
     @property
@@ -60,7 +61,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what a store says of it."""
+    """Everything that the picture shows."""
 
     path: str
     pixels: Tensor  # (3, H, W) uint8
@@ -70,7 +71,7 @@ class Scene:
 
 
 def described(name: str) -> str:
-    """A class in words: the first synonym of an ImageNet class, the name of another."""
+    """A class in words: the first synonym of an ImageNet class, or the name of another class."""
     words = INFO().label_name_to_description(name).partition(",")[0] if name in wnids() else name
     return words if len(words) <= NAME else words[: NAME - 1].rstrip() + "…"
 
@@ -88,7 +89,7 @@ def find(asked: str | None, folder: Path, paths: Sequence[str], labels: SoftLabe
 
 
 def look(store: Path, root: Path, image: str | None, count: int | None) -> Scene:
-    """Read an image and the labels of its first crops; QatError for a store that is of other images."""
+    """Read an image and the labels of its first crops; QatError for a store that was made on other images."""
     labels, folder = SoftLabels(store), root / "train"
     paths, classes = find_images(folder), class_names(folder)
     labels.check_images(folder, paths, classes)
@@ -98,20 +99,20 @@ def look(store: Path, root: Path, image: str | None, count: int | None) -> Scene
         raise QatError(f"crops is {count}: choose 1..{labels.header.num_crops}, which {store} has of an image")
     index = find(image, folder, paths, labels)
     path, true = folder / paths[index], paths[index].partition("/")[0]
-    row = labels.row(index).take(np.arange(count))
-    row.check(labels.header.num_classes)
+    stored = labels.read(index, np.arange(count))
+    stored.check(labels.header.num_classes)
     try:
         pixels = decode(path)
     except Exception as error:  # Pillow has no common base
         raise QatError(f"cannot read {path}: {reason(error)}; choose another image") from None
-    check_size(row.image_size, (pixels.shape[1], pixels.shape[2]), f"{path}: ")
-    return Scene(paths[index], pixels, described(true), str(labels), shown(pixels, row, labels, classes, true))
+    check_size(stored.image_size, (pixels.shape[1], pixels.shape[2]), f"{path}: ")
+    return Scene(paths[index], pixels, described(true), str(labels), shown(pixels, stored, labels, classes, true))
 
 
-def shown(pixels: Tensor, row: Row, labels: SoftLabels, classes: Sequence[str], true: str) -> list[Shown]:
-    """The crops of a row, replayed, with their labels as they are trained on."""
-    crops = row.crops()
-    recovered = recover(labels.header, row.classes, row.probs)
+def shown(pixels: Tensor, stored: ImageLabels, labels: SoftLabels, classes: Sequence[str], true: str) -> list[Shown]:
+    """The stored crops of an image, replayed, with their labels as they are trained on."""
+    crops = stored.crops()
+    recovered = recover(labels.header, stored.classes, stored.probs)
     made = []
     for i, view in enumerate(replay(pixels, crops, SIZE, "bilinear")):
         top = zip(recovered.classes[i, :TOP].tolist(), recovered.probs[i, :TOP].tolist(), strict=True)
@@ -121,7 +122,7 @@ def shown(pixels: Tensor, row: Row, labels: SoftLabels, classes: Sequence[str], 
 
 
 def tags(crops: Sequence[Crop], widths: Sequence[float], height: float, image: tuple[int, int]) -> list[Box]:
-    """Where the numbers of boxes go: in a corner of the box, or elsewhere in it, where no other number is."""
+    """Places for the numbers of the boxes: in a corner of the box, or elsewhere in it, where no other number is."""
     placed: list[Box] = []
     for crop, width in zip(crops, widths, strict=True):
         right, bottom = crop.left + crop.width - width, crop.top + crop.height - height
@@ -139,7 +140,7 @@ def overlap(a: Box, b: Box) -> bool:
 
 
 def draw_image(axes: Any, scene: Scene, inches: float) -> None:
-    """The image with the boxes of its crops, numbered; it is ``inches`` wide."""
+    """Draw the image, ``inches`` wide, with the numbered boxes of its crops."""
     from matplotlib.patches import Rectangle
 
     _, height, width = scene.pixels.shape
@@ -159,7 +160,7 @@ def draw_image(axes: Any, scene: Scene, inches: float) -> None:
 
 
 def draw_crop(view: Any, bars: Any, shown: Shown) -> None:
-    """A crop and, beside it, its classes as bars with their names on them; the true class is bold."""
+    """Draw a crop and, beside it, its classes as bars with their names; the true class is bold."""
     view.imshow(shown.pixels.permute(1, 2, 0).numpy())
     view.set(xticks=[], yticks=[])
     for spine in view.spines.values():
@@ -185,12 +186,12 @@ class Sheet:
     height: float
 
     def axes(self, left: float, top: float, width: float, height: float) -> Any:
-        """A new part."""
+        """Add a part of this place and size."""
         bottom = self.height - top - height
         return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
 
     def text(self, left: float, top: float, content: str, **style: Any) -> None:
-        """Write something."""
+        """Write text whose upper left corner is at this place."""
         self.figure.text(left / self.width, 1 - top / self.height, content, va="top", **style)
 
 
@@ -215,7 +216,7 @@ def compose(scene: Scene, figure: Any) -> None:
 
 
 def draw(scene: Scene, output: Path) -> None:
-    """Write the picture; QatError when that cannot be."""
+    """Write the picture; QatError if matplotlib is missing or the file cannot be written."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -229,7 +230,7 @@ def draw(scene: Scene, output: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw; 0 when that succeeded, 2 with one line on stderr for bad input."""
+    """Run the command; return 0 for success and 2, with one line on stderr, for bad input."""
     parser = argparse.ArgumentParser(prog="show_softlabels", description="Draw an image and the labels of its crops.")
     parser.add_argument("labels", type=Path, help="store of soft labels")
     parser.add_argument("--data.root", dest="root", type=Path, required=True, help="folder with train/<class>/*")

@@ -1,4 +1,4 @@
-"""Calibration inside a Lightning run."""
+"""Calibration on training images, as a callback: the values of all quantizers are there before training starts."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from qat.sites.insert import quantizers, raise_for_uncalibrated
 from qat.training.module import QATModule
 
 log = logging.getLogger(__name__)
-MEASURED = 32  # images on which the error of every site is measured
+MEASURED = 32  # images on which the error of every site is measured, at most
 
 
 class Calibrate(L.Callback):
-    """Fills every quantizer with a `PTQMethod` on training images, before training, validation or prediction.
+    """Fills the quantizers with a `PTQMethod` on training images, before training, validation or prediction.
 
     It runs in ``setup``: after the data is known, before a checkpoint is restored, before DDP wraps the model and
-    before the optimizer exists. Sites that are calibrated already are left alone. What comes out is measured site by
-    site and saved as ptq.ckpt, a checkpoint that describes itself.
+    before the optimizer exists. Nothing happens to a model that the method does not want, by default one that is
+    calibrated already. The error of every site is measured afterwards, and the model is saved as ptq.ckpt.
 
     Args:
-        options: the method, and how many images of which draw it sees.
-        folder: of the run, where ptq.ckpt is saved; None saves none.
+        options: the method, how many images it sees, and the seed that draws them.
+        folder: folder of the run, where ptq.ckpt is saved; it is not saved where this is None.
     """
 
     def __init__(self, options: CalibrationOptions, folder: Path | None = None) -> None:
         self.method: PTQMethod = options.method or InitSteps()
         self.images, self.batch_size, self.seed = options.images, options.batch_size, options.seed
         self.folder = folder
-        self.seconds = 0.0  # that it took in all
+        self.seconds = 0.0  # duration of ``setup``
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Calibrate on the device of the trainer, check that nothing is left, measure and save."""
         assert isinstance(pl_module, QATModule)
-        if all(quantizer.calibrated for _, quantizer in quantizers(pl_module.model)):
+        if not self.method.wants(pl_module.model):
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(datamodule, ImageNetDataModule):
@@ -58,7 +58,7 @@ class Calibrate(L.Callback):
         log.info("calibrating with %s on %d training images ...", name, self.images)
         module = pl_module.to(trainer.strategy.root_device)  # setup comes before Lightning moves the model
         with PeakMemory(module.device) as memory:
-            self.method(module.model, self._batches(module, datamodule, self.images))
+            self.method(module.model, self._read(module, datamodule, self.images))
         raise_for_uncalibrated(module.model)
         seconds, count = time.perf_counter() - started, len(list(quantizers(module.model)))
         log.info("calibrated %d sites in %.1f s, peak memory %.0f MB", count, seconds, memory.megabytes)
@@ -69,7 +69,7 @@ class Calibrate(L.Callback):
             "seed": self.seed,
             "seconds": round(seconds, 2),
             "peak_memory_mb": round(memory.megabytes),
-            "snr_db": site_errors(module.model, self._batches(module, datamodule, min(self.images, MEASURED))),
+            "snr_db": site_errors(module.model, self._read(module, datamodule, min(self.images, MEASURED))),
         }
         if self.folder is not None:
             trainer.save_checkpoint(self.folder / CALIBRATED, weights_only=True)
@@ -78,7 +78,7 @@ class Calibrate(L.Callback):
         self.seconds = time.perf_counter() - started
 
     def check_devices(self, count: int, trains: bool) -> None:
-        """Raise QatError for more than one device, unless each comes to the same values and training follows."""
+        """Raise QatError for several devices, unless training follows and all of them get the same values."""
         if count > 1 and (self.method.single_device or not trains):
             raise QatError(
                 f"calibration with {type(self.method).__name__} runs on one device, and this run has {count}: run "
@@ -86,13 +86,13 @@ class Calibrate(L.Callback):
                 "`qat fit`, or as --ckpt to other commands"
             )
 
-    def _batches(self, module: QATModule, datamodule: ImageNetDataModule, images: int) -> Batches:
-        return Batches(module, datamodule, images, self.batch_size, self.seed)
+    def _read(self, module: QATModule, datamodule: ImageNetDataModule, images: int) -> CalibrationImages:
+        return CalibrationImages(module, datamodule, images, self.batch_size, self.seed)
 
 
 @dataclass(frozen=True)
-class Batches:
-    """Normalized training images (b, 3, S, S) on the device of the module, read batch by batch, as often as asked."""
+class CalibrationImages:
+    """Batches (b, 3, S, S) of normalized training images on the device of the module, read anew in every iteration."""
 
     module: QATModule
     datamodule: ImageNetDataModule
@@ -109,9 +109,9 @@ class Batches:
 
 
 class PeakMemory:
-    """The most memory that was in use inside the block: of the device, or resident of the process on a CPU.
+    """The most memory that was in use inside the block: on a GPU what its allocator gave, else that of the process.
 
-    The latter never falls, so work before the block may have set it.
+    The peak of a process never falls, so it may stem from work before the block. It is 0 on Windows.
     """
 
     def __init__(self, device: torch.device) -> None:

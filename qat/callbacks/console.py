@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+
+from qat.callbacks.last_logged import LastLogged
 
 log = logging.getLogger(__name__)
 
@@ -17,31 +20,33 @@ class ConsoleLog(L.Callback):
 
     def __init__(self, seconds: float = 15.0) -> None:
         self.seconds = seconds
-        self._last = 0.0
+        self._last_line = 0.0
+        self._last_logged = LastLogged()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where training starts."""
-        self._last = time.monotonic()
+        self._last_line = time.monotonic()
         place = (trainer.global_step, trainer.current_epoch + 1, trainer.max_epochs)
         log.info("training starts at step %d, pass %d of %s", *place)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the step and the loss now and then."""
-        if time.monotonic() - self._last < self.seconds:
+        """Log the step, and the loss of the last step whose metrics were logged, now and then."""
+        metrics = self._last_logged.read(trainer)
+        if time.monotonic() - self._last_line < self.seconds:
             return
-        self._last = time.monotonic()
+        self._last_line = time.monotonic()
         place = f"pass {trainer.current_epoch + 1}, batch {batch_idx + 1} of {trainer.num_training_batches}"
-        log.info("step %d (%s): %s", trainer.global_step, place, _format(trainer))
+        log.info("step %d (%s): %s", trainer.global_step, place, _format(metrics, "train/loss"))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the metrics of a validation during training; `qat validate` prints its own."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        log.info("validation at step %d: %s", trainer.global_step, _format(trainer, "val/"))
+        log.info("validation at step %d: %s", trainer.global_step, _format(trainer.callback_metrics, "val/"))
 
 
-def _format(trainer: L.Trainer, prefix: str = "train/loss") -> str:
-    values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
-    return ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in values.items())
+def _format(metrics: Mapping[str, Any], prefix: str) -> str:
+    chosen = {name: float(value) for name, value in metrics.items() if name.startswith(prefix)}
+    return ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in chosen.items())

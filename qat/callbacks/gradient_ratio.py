@@ -1,4 +1,4 @@
-"""How strong the regularizers pull, beside the main loss."""
+"""The gradient of the regularizers in relation to that of the main loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GradientRatio(L.Callback):
 
 
 def gradient_ratios(module: QATModule) -> dict[str, float]:
-    """Of each regularizer at work, by name; the gradients of all losses together must be in ``.grad``."""
+    """The ratio of each regularizer at work, by name; ``.grad`` must hold the sum of the gradients of all losses."""
     parts = {name: _gradients(penalty, module.model) for name, penalty in module.penalties()}
     if not parts:
         return {}

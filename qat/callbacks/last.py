@@ -1,4 +1,4 @@
-"""The checkpoint that a killed run goes on from."""
+"""The checkpoint from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ROWS = "qat_metrics_rows"
 class SaveLast(Checkpoint):
     """Writes ``folder/last.ckpt`` every so many optimizer steps and at the end of every pass.
 
-    The moment is chosen so that nothing of a step is still to be done: after its validation if it has one, otherwise
-    when the next batch begins, because the metrics of a step are logged after its last hook.
+    It is written when a step is complete: after the step's validation if there is one, otherwise when the next batch
+    begins, because Lightning logs the metrics of a step after the last hook of the step.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         every: optimizer steps between two writes.
     """
 
@@ -39,19 +39,19 @@ class SaveLast(Checkpoint):
         setattr(trainer.fit_loop, "_iteration_based_training", lambda: False)  # noqa: B010
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What was resumed is saved already."""
+        """The step that training starts or resumes with needs no checkpoint."""
         self._saved = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save the state between two batches."""
+        """Save between two batches."""
         self._between = True
         self._save_if_due(trainer)
         self._between = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save after a validation in the middle of a pass, so that a resumed run does not have to repeat it."""
+        """Save after a validation in the middle of a pass, so that a resumed run does not repeat it."""
         gradients_pending = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches
         if not trainer.is_last_batch and not gradients_pending:
             self._save_if_due(trainer)
@@ -67,11 +67,11 @@ class SaveLast(Checkpoint):
     def _save(self, trainer: L.Trainer) -> None:
         self._saved = trainer.global_step
         for logger in trainer.loggers:
-            logger.save()  # metrics of what the checkpoint holds must not be lost with the process
+            logger.save()  # the metrics up to the checkpoint must not be lost with the process
         trainer.save_checkpoint(self.path)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the length of the metrics; take back the batch that counts as ready, but of which nothing is done."""
+        """Store the length of the metrics file; do not count the batch that is fetched but not yet trained on."""
         checkpoint[ROWS] = sum(logger.rows for logger in _metrics_files(trainer))
         if self._between:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -79,7 +79,7 @@ class SaveLast(Checkpoint):
                 counts["ready"] -= 1
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on with the metrics of the run, without what came after the checkpoint."""
+        """Drop the metrics that were logged after the checkpoint: the resumed run logs them again."""
         for logger in _metrics_files(trainer):
             logger.keep(checkpoint.get(ROWS, 0))
 

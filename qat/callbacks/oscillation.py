@@ -1,4 +1,4 @@
-"""Oscillation of weights during training: tracked, and stopped by freezing."""
+"""Callbacks that track the oscillation of weights during training, and that stop it by freezing weights."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from qat.training.oscillation import Freezable, Oscillation
 from qat.training.regularizers.base import LOW_BITS
 from qat.training.schedules import cosine_between
 
-CODE_BITS = 8  # wider codes do not fit into the int8 that the state keeps
+CODE_BITS = 8  # wider codes would take four bytes each in the state of a checkpoint
 
 
 @dataclass(frozen=True)
-class Row:
+class OscillationRow:
     """One weight, or the sum over several, of `oscillation.csv`."""
 
     site: str
     bits: str
     weights: int
-    share: float  # part of the weights whose frequency is above the threshold
+    share: float  # of the weights whose frequency is above the threshold, 0 to 1
     oscillations: int  # since training started
     oscillations_per_update: float
-    frozen: float  # part of the weights that are frozen
+    frozen: float  # share of the weights that are frozen, 0 to 1
 
     @classmethod
-    def merge(cls, site: str, rows: list[Row]) -> Row:
+    def merge(cls, site: str, rows: list[OscillationRow]) -> OscillationRow:
         """The weights of several rows taken together."""
         weights = sum(row.weights for row in rows)
         share, frozen = (sum(r.weights * value for r, value in zip(rows, values, strict=True)) / weights
@@ -46,7 +46,7 @@ class Row:
 
 
 class OscillationTracker(L.Callback):
-    """Counts how many weights oscillate between codes; says so in the metrics and in ``oscillation.csv``.
+    """Counts how many weights oscillate between codes, for the metrics and for ``oscillation.csv``.
 
     The metrics are ``oscillation/low_bit`` (weights below 8 bits) and ``oscillation/8_bit``: the share, 0 to 1, of the
     weights whose frequency is above the threshold. A frequency means little without its momentum: with 0.01 a single
@@ -74,7 +74,7 @@ class OscillationTracker(L.Callback):
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the codes that training starts with, or go on where a checkpoint was."""
+        """Read the codes that training starts with, or restore the state of a checkpoint."""
         assert isinstance(pl_module, QATModule)
         self._sites, self._step = self.choose(pl_module), trainer.global_step
         self._states = {site.name: self.track(site) for site in self._sites}
@@ -105,30 +105,30 @@ class OscillationTracker(L.Callback):
 
     @torch.no_grad()
     def look(self, trainer: L.Trainer) -> None:
-        """Take note of all codes."""
+        """Update the state of every weight with its code."""
         self.updates += 1
         for site in self._sites:
             self._states[site.name].update(site.quantizer.encode(site.weight))
 
     def metrics(self) -> dict[str, float]:
-        """The shares, low-bit and 8-bit weights apart."""
+        """The shares of low-bit and of 8-bit weights, by the name of the metric."""
         return {f"oscillation/{row.site}": row.share for row in self.totals(self.rows())}
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[OscillationRow]:
         """One row per weight."""
         return [self._row(site, self._states[site.name]) for site in self._sites]
 
-    def totals(self, rows: list[Row]) -> Iterator[Row]:
-        """One row for the low-bit weights and one for the 8-bit ones, as far as there are any."""
+    def totals(self, rows: list[OscillationRow]) -> Iterator[OscillationRow]:
+        """One row for all low-bit weights and one for all 8-bit weights, where there are some."""
         for name, low in (("low_bit", True), ("8_bit", False)):
             if chosen := [row for row in rows if (int(row.bits) <= LOW_BITS) is low]:
-                yield Row.merge(name, chosen)
+                yield OscillationRow.merge(name, chosen)
 
-    def _row(self, site: WeightSite, state: Oscillation) -> Row:
+    def _row(self, site: WeightSite, state: Oscillation) -> OscillationRow:
         total = int(state.total)
         frozen = float(state.frozen.float().mean()) if isinstance(state, Freezable) else 0.0
         bits, share = str(site.quantizer.spec.width), float(state.share(self.threshold))
-        return Row(site.name, bits, site.weight.numel(), share, total, total / max(self.updates, 1), frozen)
+        return OscillationRow(site.name, bits, site.weight.numel(), share, total, total / max(self.updates, 1), frozen)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the table of all weights."""
@@ -143,25 +143,25 @@ class OscillationTracker(L.Callback):
         settings = {"momentum": self.momentum, "threshold": self.threshold, "every": self.every}
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)] + list(settings))
+            writer = csv.DictWriter(file, [field.name for field in fields(OscillationRow)] + list(settings))
             writer.writeheader()
             writer.writerows(asdict(row) | settings for row in [*rows, *self.totals(rows)])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: 4 bytes per weight, 6 with a momentum below 0.005; freezing adds 5."""
+        """The state of every weight: 4 bytes each, 6 with a momentum below 0.005; freezing adds 5."""
         return {"updates": self.updates, "states": {name: s.state_dict() for name, s in self._states.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until training starts."""
+        """Keep the state until training starts."""
         self.updates, self._restored = state_dict["updates"], state_dict["states"]
 
 
 class IterativeFreezing(OscillationTracker):
     """Freezes weights that oscillate too often at the code that they had on average (Nagel et al. 2022, section 4.3).
 
-    A frozen latent weight is set to step * code after every optimizer step, so its code stays while the step goes on
-    learning, and a checkpoint needs this callback no more. A weight average is refused: in it a frozen weight would
-    still hold what came before.
+    A frozen latent weight is set to step * code after every optimizer step, so its code stays while the step still
+    learns, and a checkpoint can be used without this callback. A weight average is refused: it would
+    still contain values from before a weight was frozen.
 
     Args:
         freeze_above: frequency above which a weight is frozen, when training starts.
@@ -190,7 +190,7 @@ class IterativeFreezing(OscillationTracker):
         self.first, self.last, self.max_bits = freeze_above, last, max_bits
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """QatError beside a weight average."""
+        """Raise QatError where the run has a weight average."""
         if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise QatError("IterativeFreezing and a weight average do not go together: leave one of the callbacks out")
 
@@ -204,7 +204,7 @@ class IterativeFreezing(OscillationTracker):
 
     @torch.no_grad()
     def look(self, trainer: L.Trainer) -> None:
-        """Take note of all codes, freeze, and put frozen weights back to their code at the step of now."""
+        """Update every state, freeze what oscillates, and set frozen weights to step * code with the present step."""
         super().look(trainer)
         module = trainer.lightning_module
         assert isinstance(module, QATModule)

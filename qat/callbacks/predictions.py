@@ -1,4 +1,4 @@
-"""Predictions as a table."""
+"""Predictions as a CSV table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qat.training.module import Prediction, QATModule
 class WritePredictions(L.Callback):
     """Writes one line per image: path, then class and probability of the five most probable classes.
 
-    The file appears under its name when it is complete; an interrupted run leaves only ``NAME.part``.
+    The file gets its name when it is complete; an interrupted run leaves only ``NAME.part``.
 
     Args:
         path: CSV file to write.

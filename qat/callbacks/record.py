@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints."""
+"""The table of quantized sites in the folder of a run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 
 
 class RecordSites(L.Callback):
-    """Writes the resolved quantization table to ``folder/quantization.csv``, when training or evaluation starts.
+    """Writes all sites with their quantizers to ``folder/quantization.csv``, when training or evaluation starts.
 
-    Where the run has calibrated, the table has the signal-to-noise ratio of every site.
+    After a calibration the table also has the signal-to-noise ratio of every site.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the table and log where the run goes."""
+        """Write the table and log the folder of the run."""
         assert isinstance(pl_module, QATModule)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -36,6 +36,6 @@ class RecordSites(L.Callback):
     on_predict_start = on_fit_start
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same, of a run that only evaluates."""
+        """Do the same in a run that only evaluates."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self.on_fit_start(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""Whether the options of a command agree with the checkpoint that it names, and what they change about its run."""
+"""Whether the options of a command contradict the checkpoint that it names, and what they change about its run."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qat.checkpoint import Card
+from qat.checkpoint import REPLACED_BY_A_CARD, Card
 from qat.errors import QatError
 from qat.recipe import Rule, read_rules
 
 TRAINER_KEYS = ("accumulate_grad_batches", "callbacks", "check_val_every_n_epoch", "devices", "gradient_clip_val",
                 "limit_train_batches", "max_epochs", "max_steps", "num_nodes", "precision", "strategy",
                 "val_check_interval")  # fmt: skip
-MACHINE_KEYS = ("root", "images", "workers", "val_batch_size", "checkpoint", "quant_checkpoint", "teacher_checkpoint")
-CARD_KEYS = ("arch", "model_args", "num_classes", "classes", "preprocessing", "recipe", "rules", "w_bits", "a_bits",
-             "fresh_head")  # fmt: skip
+PLACES = frozenset({"root", "images", "workers", "val_batch_size", "teacher_checkpoint"})  # of a machine, not of a run
 RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")
 
 
 def check_agreement(card: Card, path: Path, given: Mapping[str, Any]) -> None:
-    """Raise QatError when an option that was given says something else than the card of the checkpoint ``path``."""
+    """Raise QatError when an option that was given contradicts the card of the checkpoint ``path``."""
     options = given.get("model", None) or {}
     for key in ("arch", "model_args", "num_classes"):
         if options.get(key, None) is not None and options[key] != getattr(card, key):
@@ -35,17 +33,14 @@ def check_agreement(card: Card, path: Path, given: Mapping[str, Any]) -> None:
 
 
 def run_options(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a checkpoint keeps of the options that its run was started with, as text by dotted name.
+    """The options of a run that its checkpoints keep, as text by dotted name.
 
-    Places on a machine are left out, and what its card says already.
+    Places on a machine are left out, and so is what the card of the checkpoint holds already.
     """
     found = {"seed_everything": str(config["seed_everything"])}
     for part in ("model", "data"):
-        found |= {
-            f"{part}.{key}": _text(value)
-            for key, value in config[part].items()
-            if key not in (*MACHINE_KEYS, *CARD_KEYS)
-        }
+        kept = {key: value for key, value in config[part].items() if key not in PLACES | REPLACED_BY_A_CARD}
+        found |= {f"{part}.{key}": _text(value) for key, value in kept.items()}
     return found | {f"trainer.{key}": _text(config["trainer"][key]) for key in TRAINER_KEYS}
 
 

@@ -33,8 +33,8 @@ def run(verb: str, arguments: Sequence[str]) -> Cost:
     config.model.checkpoint = config.model.quant_checkpoint = None
     options: ModelOptions = parser.instantiate(config).model
     with torch.device("meta"):  # shapes are enough
-        model, card, _ = build_student(options)
-    return show(model, card.arch, card.preprocessing["size"], config.full)
+        student = build_student(options)
+    return show(student.model, student.card.arch, student.card.preprocessing["size"], config.full)
 
 
 def show(model: nn.Module, arch: str, size: int, full: bool) -> Cost:

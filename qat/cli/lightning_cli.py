@@ -11,12 +11,22 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qat import checkpoint
-from qat.callbacks import Calibrate, ConsoleLog, GradientRatio, RecordSites, SaveLast
+from qat.callbacks import (
+    Calibrate,
+    ConsoleLog,
+    EndTogether,
+    GradientRatio,
+    PlaceModule,
+    ProgressBar,
+    RecordSites,
+    SaveLast,
+)
 from qat.cli.agreement import changes, run_options
+from qat.cli.check_trainer import check_trainer
 from qat.cli.configs import given_configs, read_old_class_paths, with_bases
 from qat.cli.options import add_options
 from qat.cli.settle import settle
@@ -87,6 +97,7 @@ class QatCLI(LightningCLI):
         """Find the run folder of a resumed run, then settle everything before a model is built or downloaded."""
         config = self.config[self.verb]
         config.base = None  # its content is in the config by now
+        check_trainer(config.trainer)
         self._folder: Path | None = None
         self.resumed = self.verb == "fit" and str(config.ckpt) == "last"
         if self.verb == "fit" and config.ckpt is not None and not self.configs:
@@ -96,19 +107,19 @@ class QatCLI(LightningCLI):
         self.ckpt, self.calibrates = settled.ckpt, settled.calibrates
 
     def instantiate_classes(self) -> None:
-        """Build the data module, the model and the trainer from their options."""
+        """Build the data module, the trainer and the model from their options."""
         self.config_init = self.parser.instantiate(self.config)
         options = self.config_init[self.verb]
         self.datamodule = ImageNetDataModule(options.data)
+        self.trainer = self.instantiate_trainer()  # what is wrong with it shows before weights are read or downloaded
         self.model = QATModule(options.model)
-        self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add the callbacks and the run folder of a training run, or of a calibration."""
         options = self.config_init[self.verb]
         config = options.trainer
         bar = sys.stdout.isatty() and config.enable_progress_bar is not False
-        callbacks = [*(config.callbacks or []), RichProgressBar() if bar else ConsoleLog()]
+        callbacks = [*(config.callbacks or []), ProgressBar() if bar else ConsoleLog()]
         if self.verb == "fit" or self.calibrates:
             kwargs["default_root_dir"] = run = self._run_folder()
             kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpoints()]
@@ -123,11 +134,22 @@ class QatCLI(LightningCLI):
             kwargs |= {"logger": False, "enable_checkpointing": False}
             callbacks += [RecordSites(self._folder)] if self._folder else []
         kwargs["enable_progress_bar"] = bar
+        if self._runs_on_one_device():
+            kwargs["devices"] = 1
         calibrate = [Calibrate(options.calibration, self._folder)] if self.calibrates else []
-        trainer: Any = super().instantiate_trainer(callbacks=self._ordered([*calibrate, *callbacks]), **kwargs)
+        callbacks = self._ordered([EndTogether(), PlaceModule(), *calibrate, *callbacks])
+        trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        if self.verb == "fit":
+            accumulate = self.datamodule.plan_batches(trainer.world_size, config.accumulate_grad_batches)
+            trainer.accumulate_grad_batches = accumulate
         for callback in calibrate:
             callback.check_devices(trainer.world_size, trains=self.verb == "fit")
         return trainer
+
+    def _runs_on_one_device(self) -> bool:
+        """Predictions are one table, and a calibration has one result: they use one device unless told otherwise."""
+        told = "devices" in (self.given[self.verb].get("trainer") or {})
+        return not told and (self.verb == "predict" or (self.verb == "validate" and self.calibrates))
 
     def _ordered(self, callbacks: list[Callback]) -> list[Callback]:
         """Calibration comes first, a weight average after everything that still changes weights."""
@@ -140,7 +162,8 @@ class QatCLI(LightningCLI):
             enable_version_counter=False,
         )  # fmt: skip
         found: list[Callback] = [RecordSites(run)]
-        if self.model.regularizers and not any(isinstance(callback, GradientRatio) for callback in callbacks):
+        regularizes = self.config[self.verb].model.regularizers
+        if regularizes and not any(isinstance(callback, GradientRatio) for callback in callbacks):
             found.append(GradientRatio())
         return [*found, best, SaveLast(run, self.config[self.verb].save_every)]
 
@@ -161,10 +184,9 @@ class QatCLI(LightningCLI):
         self.model.run_options = run_options(self.config[self.verb])
         step = -1
         if self.ckpt is not None:
-            content = checkpoint.read(self.ckpt)[1]
-            step = content["global_step"]
+            step, before = _resumed_from(self.ckpt)
             log.info("resuming from %s at step %d", self.ckpt, step)
-            for change in changes(content[checkpoint.KEY].get("options", {}), self.model.run_options):
+            for change in changes(before, self.model.run_options):
                 log.info("changed since the checkpoint: %s", change)
         self.trainer.fit(ckpt_path=self.ckpt, **kwargs)
         if self.trainer.global_step == step:
@@ -179,6 +201,12 @@ class QatCLI(LightningCLI):
         """Predict, with a checkpoint if there is one."""
         warnings.filterwarnings("ignore", message=UNUSED)
         self.trainer.predict(ckpt_path=self.ckpt, output=self.config[self.verb].output, **kwargs)
+
+
+def _resumed_from(ckpt: Path) -> tuple[int, dict[str, str]]:
+    """Step and options of a checkpoint, which is not kept open: the run will replace it."""
+    content = checkpoint.read(ckpt)[1]
+    return content["global_step"], content[checkpoint.KEY].get("options", {})
 
 
 def run(verb: str, arguments: Sequence[str]) -> QatCLI:

@@ -9,6 +9,7 @@ import gc
 import importlib
 import logging
 import sys
+import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ verbs:
 
 `qat VERB --help` lists the options of a verb. Start with:
   qat describe --config configs/deit_t_w4a4.yaml"""
+GRACE = 3.0  # seconds that another process than the first waits before it prints an error
 NOISE = (
     ".*does not have many workers.*",  # the choice of data.workers
     ".*isinstance\\(treespec, LeafSpec\\).*",  # lightning 2.6 under torch 2.15
@@ -93,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (QatError, ArgumentError, ValueError) as error:
         if (bad := bad_input(error)) is None:
             raise
+        if not first_process():
+            time.sleep(GRACE)  # the first process may have the same error; it says so, and ends this one
         print(f"qat: error: {' '.join(str(bad).split())}", file=sys.stderr)
         return 2
     return 0

@@ -54,13 +54,14 @@ OWN: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of a single verb: name ->
 
 def print_help(verb: str, summary: str) -> None:
     """The help of a verb that trains or evaluates."""
-    plain_parser(verb, summary).print_help()
+    plain_parser(verb, f"{summary[0].upper()}{summary[1:]}.").print_help()
 
 
 def plain_parser(verb: str, description: str) -> ArgumentParser:
     """A parser of all options of a verb, in which ``trainer`` is a table that is not looked into."""
     parser = ArgumentParser(
         prog=f"qat {verb}",
+        usage=f"qat {verb} [options]",
         description=description,
         epilog=TRAINER.format(verb=verb) if verb != "describe" else None,
         exit_on_error=False,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from qat import checkpoint
-from qat.checkpoint import Card
 from qat.cli.agreement import check_agreement
 from qat.errors import QatError
 from qat.models import default_preprocessing
@@ -54,7 +53,9 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
                 "--model.quant_checkpoint, with the recipe that it was made with"
             )
         check_agreement(card, ckpt, given)
-        _take_from(card, model, data)
+        for key, value in card.options().items():
+            model[key] = value
+        data.preprocessing = card.preprocessing
     if model.arch is None:
         raise QatError("model.arch is not set: give the name of a timm model, a --config or a --ckpt")
     table = build_recipe(model.recipe, model.rules or [], model.w_bits, model.a_bits)
@@ -75,13 +76,3 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
     if verb != "fit":
         model.teacher = None
     return Settled(ckpt, calibrates)
-
-
-def _take_from(card: Card, model: Any, data: Any) -> None:
-    """Give the options of the model the values that the card of a checkpoint has."""
-    stored = {"arch": card.arch, "model_args": card.model_args, "num_classes": card.num_classes}
-    stored |= {"recipe": "float", "rules": card.rules, "w_bits": None, "a_bits": None}
-    stored |= {"checkpoint": None, "quant_checkpoint": None, "fresh_head": False, "classes": card.classes}
-    for key, value in stored.items():
-        model[key] = value
-    data.preprocessing = model.preprocessing = card.preprocessing

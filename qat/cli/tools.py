@@ -10,6 +10,16 @@ from jsonargparse import ArgumentParser
 
 from qat.errors import QatError, first_line
 
+LABELS = """Let a teacher label many crops of every training image, into one HDF5 file that qat fit trains on. A run
+that was stopped or killed resumes when it is started again with the same options. Example:
+qat make-softlabels --data.root DIR --teacher regnety_160.deit_in1k --crops 500 --out labels.h5"""
+FKD = """Make a store of soft labels from the label files of FKD, one for each training image: LABELS holds
+imagenet/train/<class>/<image>.tar, train/<class>/<image>.tar or <class>/<image>.tar. Example:
+qat import-fkd LABELS --data.root DIR --teacher NAME --label_type marginal_smoothing_k5 --out labels.h5"""
+OFFICIAL = """Turn an official DeiT, Swin, SReT or VVTQ checkpoint into a file that qat reads. Float weights become a
+.safetensors file for --model.checkpoint, a quantized model of VVTQ a .ckpt file that describes itself. What does not
+fit exactly is refused, and nothing is written."""
+
 
 class Tool(NamedTuple):
     """What a verb does.
@@ -23,7 +33,7 @@ class Tool(NamedTuple):
 
     options: Callable[..., Any]
     work: Callable[[Any], None]
-    description: str | None
+    description: str
     positional: dict[str, str]
 
 
@@ -34,7 +44,13 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         QatError: bad input, or a disk that is full; what is finished is kept.
     """
     tool = _find(verb)
-    parser = ArgumentParser(prog=f"qat {verb}", description=tool.description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"qat {verb}",
+        usage=" ".join([f"qat {verb}", *map(str.upper, tool.positional), "[options]"]),
+        description=tool.description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("-c", "--config", action="config", help="YAML file of options; later options win.")
     for word, text in tool.positional.items():
         parser.add_argument(word, metavar=word.upper(), type=Path, help=text)
@@ -53,16 +69,16 @@ def _find(verb: str) -> Tool:
         case "make-softlabels":
             from qat.labeling import make, plan
 
-            return Tool(plan.Options, make.make_softlabels, make.__doc__, {})
+            return Tool(plan.Options, make.make_softlabels, LABELS, {})
         case "import-fkd":
             from qat.labeling import import_fkd
 
             places = {"labels": "folder of the label files"}
-            return Tool(import_fkd.Options, import_fkd.import_fkd, import_fkd.__doc__, places)
+            return Tool(import_fkd.Options, import_fkd.import_fkd, FKD, places)
         case "convert-official":
             from qat.official import files
 
             places = {"input": "official .pth or .pth.tar file", "output": ".safetensors, or .ckpt for a quantized one"}
-            return Tool(files.Options, files.convert_file, files.__doc__, places)
+            return Tool(files.ConvertOptions, files.convert_file, OFFICIAL, places)
         case _:
             raise AssertionError(f"{verb} is no tool")

@@ -1,4 +1,4 @@
-"""Folders and settings, looked at before a model is built or downloaded."""
+"""Checks of folders and options that run before a model is built or downloaded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from qat.errors import QatError
 
 
 def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: bool) -> None:
-    """Raise QatError for folders that ``verb`` cannot use; set ``num_classes`` and ``classes`` of ``model``.
+    """Check the folders and the soft labels that ``verb`` reads; set ``num_classes`` and ``classes`` of ``model``.
 
     Args:
         verb: fit, validate or predict.
-        model: options of the module: num_classes, classes, teacher.
-        data: options of the data module: root, images, softlabels and what belongs to them.
+        model: options of the module, of which num_classes, classes and teacher are used.
+        data: options of the data module.
         ckpt: checkpoint that the model comes from.
-        calibrates: training images are needed to calibrate, although nothing is trained.
+        calibrates: whether the run calibrates, which needs training images for every verb.
+
+    Raises:
+        QatError: a folder is missing or empty, or does not fit the model, the checkpoint or the soft labels.
     """
     if verb == "predict" and data.images is not None:
         find_loose_images(Path(data.images))
@@ -49,30 +52,30 @@ def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: 
     if verb == "fit" and data.softlabels is not None:
         if model.teacher is not None:
             raise QatError("data.softlabels and model.teacher both make labels: set one of them to null")
-        law = given_law(data.crop_scale, data.crop_ratio, data.flip)
-        SoftLabels.of(Path(data.softlabels), root / "train", classes, law, data.softlabels_partial)
+        crop_options = given_crop_options(data.crop_scale, data.crop_ratio, data.flip)
+        SoftLabels.of(Path(data.softlabels), root / "train", classes, crop_options, data.softlabels_partial)
 
 
-def given_law(scale: object, ratio: object, flip: object) -> dict[str, Any]:
-    """Those options of a crop law that are not None, by the name that `CropLaw` gives them."""
+def given_crop_options(scale: object, ratio: object, flip: object) -> dict[str, Any]:
+    """The options that are not None, by their names in `CropDistribution`."""
     options = {"scale": scale, "ratio": ratio, "flip": flip}
     return {name: value for name, value in options.items() if value is not None}
 
 
 def at_least(name: str, value: int, lowest: int) -> int:
-    """``value``; QatError when it is below ``lowest``."""
+    """Return ``value``; QatError when it is below ``lowest``."""
     if value < lowest:
         raise QatError(f"data.{name} is {value}: it must be at least {lowest}")
     return value
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """``value``; QatError when it is none of ``choices``."""
+    """Return ``value``; QatError when it is not among ``choices``."""
     if value not in choices:
         raise QatError(f"data.{name} is {value!r}: choose from {choices}")
     return value
 
 
 def cores() -> int:
-    """Cores that this process may use, which in a container are often fewer than the machine has."""
+    """Number of cores that this process may use; in a container they are often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """Random crop boxes and their replay on an image. Shapes: H, W pixels of an image, m crops of it, S their side.
 
-The law is that of torchvision's RandomResizedCrop; the random numbers are a function of (seed, epoch, index) and of
-nothing else, so neither the number of workers nor a resumed run changes a crop.
+The boxes have the distribution of torchvision's RandomResizedCrop. Their random numbers are a function of (seed, epoch,
+index) and of nothing else, so neither the number of workers nor a resumed run changes a crop.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from torch import Tensor
 
 from qat.errors import QatError
 
-TRIES = 10  # boxes drawn before the central fallback, as in torchvision
+TRIES = 10  # boxes that are drawn before the central fallback, as in torchvision
 
 
 @dataclass(frozen=True)
-class CropLaw:
-    """Distribution of crop boxes; raises QatError for an empty or impossible range.
+class CropDistribution:
+    """The distribution of crop boxes.
 
     Args:
-        scale: lowest and highest area of a box, as a part of the image's area.
-        ratio: lowest and highest width / height of a box; its logarithm is uniform.
+        scale: lowest and highest area of a box, as a fraction of the image's area.
+        ratio: lowest and highest width / height of a box; the logarithm of the ratio is uniform.
         flip: probability of a horizontal flip.
+
+    Raises:
+        QatError: a range is empty or impossible.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -57,36 +60,43 @@ class Crop:
     flip: bool
 
 
-def draw(law: CropLaw, height: int, width: int, rng: np.random.Generator) -> Crop:
-    """One box inside an image of the given height and width, pixels."""
-    low, high = math.log(law.ratio[0]), math.log(law.ratio[1])
+def draw(distribution: CropDistribution, height: int, width: int, rng: np.random.Generator) -> Crop:
+    """Draw one box inside an image of the given height and width in pixels."""
+    low, high = math.log(distribution.ratio[0]), math.log(distribution.ratio[1])
     for _ in range(TRIES):
-        area = height * width * rng.uniform(*law.scale)
+        area = height * width * rng.uniform(*distribution.scale)
         aspect = math.exp(rng.uniform(low, high))
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            return Crop(top, left, h, w, _flip(law, rng))
-    return _central(law, height, width, _flip(law, rng))
+            return Crop(top, left, h, w, _flip(distribution, rng))
+    return _central(distribution, height, width, _flip(distribution, rng))
 
 
-def _flip(law: CropLaw, rng: np.random.Generator) -> bool:
-    return bool(rng.random() < law.flip)
+def _flip(distribution: CropDistribution, rng: np.random.Generator) -> bool:
+    return bool(rng.random() < distribution.flip)
 
 
-def _central(law: CropLaw, height: int, width: int, flip: bool) -> Crop:
-    """The largest centred box whose aspect the law allows."""
-    aspect = min(max(width / height, law.ratio[0]), law.ratio[1])
+def _central(distribution: CropDistribution, height: int, width: int, flip: bool) -> Crop:
+    """The largest box in the centre of the image whose ratio is allowed."""
+    aspect = min(max(width / height, distribution.ratio[0]), distribution.ratio[1])
     h = max(1, min(height, round(width / aspect)))
     w = max(1, min(width, round(height * aspect)))
     return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
 
 
 def replay(image: Tensor, crops: Sequence[Crop], size: int, interpolation: str, out: Tensor | None = None) -> Tensor:
-    """The crops of an image uint8 (3, H, W), each cut out, resized and flipped: uint8 (m, 3, S, S), ``out`` if given.
+    """Cut each crop out of an image uint8 (3, H, W), resize it and flip it; returns uint8 (m, 3, S, S).
 
     Boxes and flips are exact. torch's antialiased resize of integers differs from Pillow's, with which published models
     were trained, by at most 2 of 255 in a few percent of the values, and needs half of the time.
+
+    Args:
+        image: RGB pixels.
+        crops: the m boxes.
+        size: S.
+        interpolation: nearest, bilinear or bicubic.
+        out: memory for the result; new memory when it is None.
     """
     views = torch.empty(len(crops), 3, size, size, dtype=torch.uint8) if out is None else out
     for place, crop in zip(views, crops, strict=True):

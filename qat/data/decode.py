@@ -1,8 +1,8 @@
-"""An image file to pixels. Shapes: H, W pixels of the image as stored.
+"""Decodes image files. Shapes: H, W pixels of the image as it is stored.
 
 The orientation in EXIF is ignored, as in every published ImageNet result, and every image becomes RGB. Pillow decodes:
-torchvision's JPEG reader gives the same bits in 72 % of the time, but is deprecated and about to go. JPEG's own scaled
-decoding is left alone: it changes pixels, and only a crop twice as large as the student's input could use it.
+torchvision's JPEG reader gives the same bits in 72 % of the time, but is deprecated. The scaled decoding of JPEG is not
+used: it changes pixels, and only a crop twice as large as the student's input could profit from it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """What `to_tensor` was made of."""
+    """The RGB image that `to_tensor` turns into ``pixels`` uint8 (3, H, W)."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def new_images(count: int, size: int) -> Tensor:
-    """Memory for uint8 (count, 3, size, size); in a worker it is shared, so that a batch is not copied on its way."""
+    """New memory uint8 (count, 3, size, size); a worker shares it with the main process, so that no batch is copied."""
     shape = (count, 3, size, size)
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
@@ -45,7 +45,7 @@ def new_images(count: int, size: int) -> Tensor:
 
 
 def reason(error: Exception) -> str:
-    """Why an image could not be read, in one line and without its path."""
+    """Say in one line, without the path, why an image could not be read."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     if isinstance(error, OSError) and error.strerror:

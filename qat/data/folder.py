@@ -1,4 +1,4 @@
-"""Class-folder trees on disk: root/{train,val}/<class>/<image>. Listings are cached; nothing is opened."""
+"""Lists class-folder trees on disk: root/{train,val}/<class>/<image>. Listings are cached, and no image is opened."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image: by its suffix, and hidden files never."""
+    """Whether a file is an image, judged by the suffix of its name; hidden files are not."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 @cache
 def wnids() -> tuple[str, ...]:
-    """The 1,000 ILSVRC-2012 class names in the order of the labels, which is the sorted one."""
+    """The 1,000 ILSVRC-2012 class names in the order of their labels, which is the sorted order."""
     from timm.data.imagenet_info import ImageNetInfo  # timm loads torchvision, which takes a second
 
     names: list[str] = ImageNetInfo().label_names()
@@ -69,7 +69,7 @@ def find_loose_images(folder: Path) -> tuple[str, ...]:
 
 
 def class_names(split: Path) -> list[str]:
-    """Classes in label order: all 1,000 wnids if every folder is named by one, otherwise the sorted folder names."""
+    """Classes in label order: all 1,000 wnids if the name of every folder is one, otherwise the sorted folder names."""
     folders = class_folders(split)
     return list(wnids() if set(folders) <= set(wnids()) else folders)
 
@@ -79,7 +79,7 @@ def class_names_of(root: Path) -> list[str]:
     names = class_names(root / "train")
     if extra := sorted(set(class_folders(root / "val")) - set(names)):
         raise QatError(
-            f"{root / 'val' / extra[0]} has no partner {root / 'train' / extra[0]}: classes must be the same"
+            f"{root / 'val' / extra[0]} has no counterpart {root / 'train' / extra[0]}: classes must be the same"
         )
     return names
 

@@ -1,9 +1,8 @@
-"""ImageNet, or any class-folder tree, as uint8 batches. Shapes: B crops in a batch, S their side, pixels."""
+"""ImageNet, or any class-folder tree, as uint8 batches. Shapes: b images in a batch, S their side in pixels."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,45 +15,53 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from qat.data.batch_size import DEFAULT_BATCH_SIZE, split_global_batch
 from qat.data.check import at_least, cores
-from qat.data.crops import CropLaw
+from qat.data.crops import CropDistribution
 from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
 from qat.data.images import Batch, CropView, EvalView, Images, Loader, View, as_it_is
 from qat.data.options import DataOptions
-from qat.data.order import Batches, batches_done, batches_per_pass, crop_passes, shuffled
-from qat.data.softlabels.reader import ReplayView, SoftLabels
+from qat.data.order import ResumableBatchSampler, batches_done, batches_per_pass, crop_passes, shuffled
+from qat.data.softlabels.reader import SoftLabels
+from qat.data.softlabels.replay import ReplayView
 from qat.data.streams import rng_for
+from qat.data.unreadable import UnreadableImages
 from qat.errors import QatError
 from qat.preprocessing import Preprocessing
 
 __all__ = ["Batch", "ImageNetDataModule"]
 log = logging.getLogger(__name__)
-TRIES = {"error": 1, "skip": 100}  # files tried for one training sample; more bad ones in a row is a broken disk
+TRIES = {"error": 1, "skip": 100}  # files tried for one training sample; more unreadable ones in a row: a broken disk
 
 
 class ImageNetDataModule(L.LightningDataModule):
-    """Training crops, evaluation views and calibration images of a folder tree."""
+    """Training crops, evaluation images and calibration images of a folder tree.
+
+    Attributes:
+        batch_size: training crops per process and forward pass. With ``global_batch_size`` it depends on the number of
+            processes, which `plan_batches` or `setup` learns; before that it is the value for one process.
+    """
 
     def __init__(self, options: DataOptions) -> None:
         super().__init__()
         self.options = options
         self.root, self.images = options.root, options.images
-        self.val_batch_size = options.batch_size if options.val_batch_size is None else options.val_batch_size
         self.workers = min(cores(), 8) if options.workers is None else options.workers
         self.seed = options.seed or 0
-        self.law = CropLaw(**options.given_law)
-        self.bad_images: Counter[str] = Counter()  # "path: reason" -> how often it was met
+        self.crop_distribution = CropDistribution(**options.given_crop_options)
+        self.unreadable = UnreadableImages(skip=options.on_bad_image == "skip")
+        self.plan_batches(1, None)
         self._epoch, self._resumed = 0, {"epoch": 0, "batches": 0}
 
     @property
     def classes(self) -> list[str]:
-        """Class names in label order; QatError if root is not set or its folders do not match."""
+        """Class names in the order of their labels; QatError if root is not set or its folders do not match."""
         root = self._root()
         return class_names_of(root) if (root / "train").is_dir() else class_names(root / "val")
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: 1,000 for ImageNet even when only some of its folders exist."""
+        """Number of classes: 1,000 for ImageNet, even when only some of its folders exist."""
         return len(self.classes)
 
     @property
@@ -62,30 +69,58 @@ class ImageNetDataModule(L.LightningDataModule):
         """Crops per image in each pass over the images; its length is the number of Trainer epochs."""
         return crop_passes(self.options.crop_epochs, self.options.crops_per_image)
 
+    @property
+    def val_batch_size(self) -> int:
+        """Images per process and step in validation and prediction."""
+        return self.batch_size if self.options.val_batch_size is None else self.options.val_batch_size
+
+    def plan_batches(self, processes: int, accumulate: int | None) -> int:
+        """Set `batch_size` for this number of processes; return the ``accumulate_grad_batches`` that goes with it.
+
+        Args:
+            processes: training processes, one per device.
+            accumulate: ``accumulate_grad_batches`` of the Trainer; None leaves the choice to ``global_batch_size``.
+
+        Raises:
+            QatError: ``global_batch_size`` cannot be split over the processes.
+        """
+        options = self.options
+        if options.global_batch_size is None:
+            self.batch_size = DEFAULT_BATCH_SIZE if options.batch_size is None else options.batch_size
+            return accumulate or 1
+        self.batch_size, accumulate = split_global_batch(
+            options.global_batch_size, options.batch_size, processes, accumulate, options.crops_per_image
+        )
+        return accumulate
+
     def batches_per_pass(self, world_size: int = 1, epochs: int | None = None) -> list[int]:
-        """Training steps, on each of ``world_size`` processes, of the first ``epochs`` passes (of all when None)."""
+        """Batches of each of ``world_size`` processes in each of the first ``epochs`` passes (in all when None)."""
         passes = self.passes if epochs is None else [self._crops(epoch) for epoch in range(epochs)]
-        return batches_per_pass(len(self._trained()), self.options.batch_size, passes, world_size)
+        return batches_per_pass(len(self._trained()), self.batch_size, passes, world_size)
 
     @cached_property
     def store(self) -> SoftLabels | None:
-        """The soft labels; QatError when they are of other images than those of training, or of another crop law."""
+        """The soft labels; QatError when they were made on other images or with other crop options."""
         if self.options.softlabels is None:
             return None
-        folder, law = self._root() / "train", self.options.given_law
-        store = SoftLabels.of(self.options.softlabels, folder, self.classes, law, self.options.softlabels_partial)
+        folder, crop_options = self._root() / "train", self.options.given_crop_options
+        partial = self.options.softlabels_partial
+        store = SoftLabels.of(self.options.softlabels, folder, self.classes, crop_options, partial)
         log.info("soft labels of %s", store)
         return store
 
     def _trained(self) -> npt.NDArray[np.int64]:
-        """Numbers of the images that are trained on: all, or those of an unfinished store that have labels."""
+        """Indices of the images that are trained on: all, or those of an unfinished store that have labels."""
         if self.store is not None:
             return np.flatnonzero(self.store.done)
         return np.arange(len(find_images(self._root() / "train")))
 
     def setup(self, stage: str) -> None:
-        """Lists the folders that the stage reads, and checks them and the preprocessing: QatError if unusable."""
+        """Check the folders that the stage reads, the preprocessing and the batch size; QatError if one is unusable."""
         self._preprocessing()
+        if stage == "fit" and self.trainer is not None and self.options.global_batch_size is not None:
+            accumulate = self.plan_batches(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+            self.trainer.accumulate_grad_batches = accumulate
         if stage == "predict":
             find_loose_images(self._prediction_folder())
             return
@@ -95,59 +130,67 @@ class ImageNetDataModule(L.LightningDataModule):
         log.info("%d classes in %s", self.num_classes, self.root)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """The pass ``trainer.current_epoch``; past the last pass, more of crops_per_image each."""
+        """The pass ``trainer.current_epoch``; after the last pass, further ones with crops_per_image crops each."""
         if getattr(self.trainer, "reload_dataloaders_every_n_epochs", 1) != 1:
             raise QatError("trainer.reload_dataloaders_every_n_epochs must be 1: each pass has a loader of its own")
         self._epoch = epoch = self.trainer.current_epoch if self.trainer is not None else 0
         images = self._split("train", self._training_view(epoch), TRIES[self.options.on_bad_image], self._trained())
         order = shuffled(len(images), self.seed, epoch, *self._rank())
         done = batches_done(self._resumed, epoch, self._order(epoch))
-        return self._loader(images, batch_sampler=Batches(order, self.options.batch_size // self._crops(epoch), done))
+        sampler = ResumableBatchSampler(order, self.batch_size // self._crops(epoch), done)
+        return self._loader(images, batch_sampler=sampler)
 
     def _training_view(self, epoch: int) -> View:
-        """Stored crops where there are soft labels, else new ones."""
+        """The stored crops and their labels if there are soft labels, otherwise new random crops."""
         size, how, crops = self._preprocessing().size, self.options.train_interpolation, self._crops(epoch)
         if self.store is None:
-            return CropView(self.law, size, how, crops, self.seed, epoch)
+            return CropView(self.crop_distribution, size, how, crops, self.seed, epoch)
         before = sum(self._crops(earlier) for earlier in range(epoch))
         return ReplayView(self.store, self._trained(), size, how, crops, self.seed, before)
 
     def state_dict(self) -> dict[str, Any]:
-        """The pass and how many of its batches are done, for a run that is resumed in the middle of a pass."""
+        """The pass, its finished batches and what their order depends on, to resume in the middle of a pass."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
         done = progress["processed"]  # "completed" lags when saved in a callback
         return {"epoch": self._epoch, "batches": done, **self._order(self._epoch)}
 
     def _order(self, epoch: int) -> dict[str, Any]:
-        """What the order of a pass and its batches depend on."""
-        sizes = {"batch_size": self.options.batch_size, "crops": self._crops(epoch), "processes": self._rank()[1]}
+        """Everything that decides which images and crops are in which batch of a pass."""
+        sizes = {"batch_size": self.batch_size, "crops": self._crops(epoch), "processes": self._rank()[1]}
         return sizes | {"seed": self.seed, "images": len(self._trained()), "soft labels": str(self.store)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Makes the next loader of that pass leave out the batches that are done."""
+        """Resume: the next loader of the pass in ``state_dict`` skips the batches that are finished."""
         self._resumed = state_dict
 
     def teardown(self, stage: str) -> None:
-        """Sums up the images that were skipped; forgets what was resumed: the next run starts its passes anew."""
-        if self.bad_images:
-            log.warning("%d unreadable images, skipped %d times", len(self.bad_images), self.bad_images.total())
+        """Log how many images were skipped, and drop the resumed state, which another run must not use."""
+        self.unreadable.summarize()
         self._resumed = {"epoch": 0, "batches": 0}
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Every validation image once, in order, spread over the ranks; evaluation transform."""
+        """Every validation image once, in order, spread over the ranks, in the evaluation transform."""
         return self._evaluation(self._split("val", EvalView(self._preprocessing())))
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Every image of the prediction folder once, in order, spread over the ranks; all labels are -1."""
+        """Every image to predict once, in order, spread over the ranks; all labels are -1."""
         folder = self._prediction_folder()
         view = EvalView(self._preprocessing())
         return self._evaluation(Images(folder, find_loose_images(folder), {}, view))
 
     def calibration_batches(self, images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """uint8 (b, 3, S, S) of a seeded random subset of the training images, the same on every rank.
+        """Batches uint8 (b, 3, S, S) of a random subset of the training images, in the evaluation transform.
 
-        They go through the evaluation transform; QatError if there are fewer than ``images`` of them.
+        The subset depends on the seed alone, so every rank gets the same.
+
+        Args:
+            images: size of the subset.
+            batch_size: b.
+            seed: chooses the images and their order.
+
+        Raises:
+            QatError: there are fewer training images.
         """
         source = self._split("train", EvalView(self._preprocessing()), TRIES[self.options.on_bad_image])
         if not 0 < images <= len(source):
@@ -155,29 +198,13 @@ class ImageNetDataModule(L.LightningDataModule):
                 f"calibration.images is {images}: {self.root}/train has {len(source)}, choose 1..{len(source)}"
             )
         chosen = rng_for(at_least("calibration seed", seed, 0), 0, 0).permutation(len(source))[:images]
-        batches = Batches(chosen, at_least("calibration batch_size", batch_size, 1))
-        return (self._filled(self._report(batch)).images for batch in self._loader(source, batch_sampler=batches))
+        batches = ResumableBatchSampler(chosen, at_least("calibration batch_size", batch_size, 1))
+        return (self.unreadable.report_training(batch).images for batch in self._loader(source, batch_sampler=batches))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Reports unreadable images in the main process: QatError, or a warning with ``on_bad_image: skip``."""
-        batch = self._report(batch)
-        return self._filled(batch) if self.trainer is not None and self.trainer.training else batch
-
-    def _report(self, batch: Batch) -> Batch:
-        if batch.fatal:
-            raise QatError(batch.fatal)
-        if batch.bad and self.options.on_bad_image == "error":
-            raise QatError(f"cannot read {batch.bad[0]}; repair it, or set data.on_bad_image: skip")
-        for message in batch.bad:
-            if message not in self.bad_images:
-                log.warning("skipped %s", message)
-            self.bad_images[message] += 1
-        return batch
-
-    def _filled(self, batch: Batch) -> Batch:
-        if not len(batch.images):
-            raise QatError(f"a whole batch of {self.root}/train cannot be read, first {batch.bad[0]}")
-        return batch
+        """Report unreadable images in the main process: QatError, or a warning with ``on_bad_image: skip``."""
+        training = self.trainer is not None and self.trainer.training
+        return self.unreadable.report_training(batch) if training else self.unreadable.report(batch)
 
     def _split(self, name: str, view: View, tries: int = 1, chosen: npt.NDArray[np.int64] | None = None) -> Images:
         folder = self._root() / name

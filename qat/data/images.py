@@ -1,8 +1,8 @@
 """From image files to batches. Shapes: B views in a batch, m per image, S their side; H, W pixels of an image.
 
 A worker makes whole batches and writes every view to its place in memory that it shares with the main process: each
-pixel is copied once. An image that cannot be read is reported, not raised: an exception in a worker reaches the user as
-a traceback without the path, so the worker hands the message over and the main process decides.
+pixel is copied once. An image that cannot be read is reported in the batch and raises nothing: an exception in a worker
+would reach the user as a traceback without the path. The main process decides what to do about it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qat.data.crops import CropLaw, draw, replay
+from qat.data.crops import CropDistribution, draw, replay
 from qat.data.decode import decode, new_images, reason, to_image, to_tensor
 from qat.data.streams import rng_for
 from qat.errors import QatError
@@ -25,31 +25,34 @@ from qat.preprocessing import Preprocessing
 
 
 class TopK(NamedTuple):
-    """Sparse soft labels: the rest of the probability is spread evenly over the other classes (marginal smoothing)."""
+    """Sparse soft labels: what the probabilities lack of 1 is spread evenly over the other classes.
+
+    This is the marginal smoothing of FKD (Shen and Xing, ECCV 2022).
+    """
 
     classes: Tensor  # (B, k) int64
-    probs: Tensor  # (B, k), a row sums to at most 1
+    probs: Tensor  # (B, k) float32, a row sums to at most 1
 
 
 class View(Protocol):
-    """What is made of one image."""
+    """Makes the m views of an image that a model sees."""
 
     @property
     def count(self) -> int:
-        """m."""
+        """Number m of views per image."""
 
     @property
     def size(self) -> int:
-        """S."""
+        """Side S of a view, pixels."""
 
     def __call__(self, image: Tensor, index: int, out: Tensor) -> TopK | None:
-        """Write the views of an RGB image uint8 (3, H, W) to ``out`` (m, 3, S, S); their soft labels, if any."""
+        """Write the views of an RGB image uint8 (3, H, W) to ``out`` (m, 3, S, S); return their soft labels, if any."""
 
 
 class Batch(NamedTuple):
-    """What a step gets; an evaluation batch can be empty (B = 0) when bad images are skipped.
+    """One batch of views; an evaluation batch can be empty (B = 0) when unreadable images are skipped.
 
-    The m crops of an image are neighbours, so row i belongs to ``paths[i // m]``.
+    The m views of an image are neighbours, so row i belongs to ``paths[i // m]``.
     """
 
     images: Tensor  # (B, 3, S, S) uint8
@@ -57,23 +60,23 @@ class Batch(NamedTuple):
     paths: tuple[str, ...]  # one per image, relative to its folder
     bad: tuple[str, ...]  # one message for every file of this batch that could not be read
     soft_labels: TopK | None = None  # replace the labels in the loss
-    fatal: str = ""  # what stops the run, whatever is done about bad images
+    fatal: str = ""  # an error that stops the run even if unreadable images are skipped
 
 
 @dataclass(frozen=True)
 class EvalView:
-    """Short side to ``preprocessing.resize``, then the centre: one view, with Pillow, as published results have it."""
+    """The view of published results: Pillow resizes the short side to ``resize``, then the centre is cut out."""
 
     preprocessing: Preprocessing
     count = 1
 
     @property
     def size(self) -> int:
-        """S."""
+        """Side S of the view, pixels."""
         return self.preprocessing.size
 
     def __call__(self, image: Tensor, index: int, out: Tensor) -> None:
-        """Write the view of one RGB image; its index does not matter."""
+        """Write the view of one RGB image; the index is not used."""
         whole, size = to_image(image), self.preprocessing.size
         short = min(whole.size)
         width, height = (int(self.preprocessing.resize * side / short) for side in whole.size)  # truncates: torchvision
@@ -84,9 +87,9 @@ class EvalView:
 
 @dataclass(frozen=True)
 class CropView:
-    """Random crops drawn from (seed, epoch, index) alone, m being ``count``."""
+    """``count`` random crops of an image, a function of (seed, epoch, index) alone."""
 
-    law: CropLaw
+    distribution: CropDistribution
     size: int
     interpolation: str
     count: int
@@ -96,19 +99,19 @@ class CropView:
     def __call__(self, image: Tensor, index: int, out: Tensor) -> None:
         """Write the m crops of one RGB image."""
         rng, (_, height, width) = rng_for(self.seed, self.epoch, index), image.shape
-        crops = [draw(self.law, height, width, rng) for _ in range(self.count)]
+        crops = [draw(self.distribution, height, width, rng) for _ in range(self.count)]
         replay(image, crops, self.size, self.interpolation, out)
 
 
 class Images(Dataset[Batch]):
-    """Batches of the listed images; each file is decoded once for all of its views.
+    """ResumableBatchSampler of the listed images; each file is decoded once for all of its views.
 
     Args:
-        folder: what the paths are relative to.
+        folder: folder that the paths are relative to.
         paths: images; the first part of a path names the class.
-        labels: class name to label; a class that is not in it gets -1.
-        view: what is made of a decoded image.
-        tries: files tried for one index, the one asked for and those that follow it in the list.
+        labels: number of every class by its name; -1 stands for a class that is not in it.
+        view: makes the views of a decoded image.
+        tries: how many files are tried for one index: the file itself, then those that follow it in the list.
     """
 
     def __init__(self, folder: Path, paths: Sequence[str], labels: Mapping[str, int], view: View, tries: int = 1):
@@ -119,7 +122,7 @@ class Images(Dataset[Batch]):
         return len(self.paths)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The batch of these indices; of what cannot be read, or must not be trained on, only a message."""
+        """The batch of these indices; images that cannot be read, or must not be trained on, leave a message only."""
         try:
             return self._batch(indices)
         except QatError as error:
@@ -148,7 +151,7 @@ class Images(Dataset[Batch]):
         return Batch(images[: len(paths) * m], numbers.repeat_interleave(m), tuple(paths), tuple(bad), stored)
 
     def _views(self, image: Tensor, place: int, out: Tensor) -> TopK | None:
-        """QatError with the path when an image has labels of another one."""
+        """Add the path to the error of an image whose soft labels were made on another image."""
         try:
             return self.view(image, place, out)
         except QatError as error:
@@ -156,16 +159,19 @@ class Images(Dataset[Batch]):
 
 
 def as_it_is(batch: Batch) -> Batch:
-    """In place of collation: `Images` makes whole batches."""
+    """Replaces the collation of the loader, because `Images` makes whole batches."""
     return batch
 
 
 class Loader(DataLoader[Batch]):
-    """Counts as resumable for Lightning, which warns otherwise; the data module's own state says where to go on."""
+    """A loader with an empty state: Lightning warns about loaders without one when a run is resumed.
+
+    Where to resume is in the state of the data module.
+    """
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return the empty state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Ignore the empty state."""

@@ -1,10 +1,10 @@
-"""Soft labels of FKD, a file per image, to one HDF5 file (docs/softlabels.md).
+"""Imports the soft labels of FKD, which are a file per image, into one store (docs/softlabels.md).
 
 qat import-fkd LABELS --data.root /path/to/imagenet --teacher tf_efficientnet_l2.ns_jft_in1k_475
        --label_type marginal_smoothing_k5 --trust_pickles true --out labels.h5
 
 LABELS holds imagenet/train/<class>/<image>.tar, train/<class>/<image>.tar or <class>/<image>.tar. Every image of
-data.root/train needs its file. A run that was stopped goes on when it is started again with the same options.
+data.root/train needs its file. A run that was stopped continues when it is started again with the same options.
 """
 
 from __future__ import annotations
@@ -17,36 +17,43 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qat.data.crops import CropLaw
+from qat.data.crops import CropDistribution
 from qat.data.folder import class_names, find_images
-from qat.data.softlabels.fkd import LABEL_TYPES, LabelFolder, class_folder
-from qat.data.softlabels.store import Header, open_store, sha256_of
+from qat.data.softlabels.fkd import LabelFolder, class_folder
+from qat.data.softlabels.fkd_label_types import LABEL_TYPES
+from qat.data.softlabels.opening import open_store
+from qat.data.softlabels.store import Header, sha256_of
 from qat.data.softlabels.writer import Writer
 from qat.labeling.plan import SPLIT, Folder, check_out, prepare
 from qat.preprocessing import Preprocessing
 from qat.progress import Progress
 
 log = logging.getLogger(__name__)
-UNKNOWN: dict[str, Any] = {"teacher_sha256": "", "seed": -1, "batch_size": 0, "precision": "unknown"}  # not in a set
+UNKNOWN: dict[str, Any] = {
+    "teacher_sha256": "",
+    "seed": -1,
+    "batch_size": 0,
+    "precision": "unknown",
+}  # the label files do not say
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to import, and how it was made: the files do not say, and the defaults are those of FKD.
+    """What to import and how it was made, which the label files do not say; the defaults are those of FKD.
 
     Args:
         labels: folder of the label files.
         data: the images that the labels were made on.
         teacher: name of the model that made the labels.
-        label_type: of the set.
-        out: file to write; an unfinished one goes on, if it was begun with the same options.
-        trust_pickles: read files that could run code; only for those of people you trust.
+        label_type: kind of labels in the files.
+        out: file to write; an unfinished one is continued if it was begun with the same options.
+        trust_pickles: read files that could run code; only for files of people you trust.
         teacher_input_size: side of the crops that the teacher saw, pixels.
         interpolation: how they were resized: nearest, bilinear or bicubic.
-        mean: that the teacher's input was normalized with, per channel.
-        std: likewise.
-        temperature: that logits were divided by.
-        crop_scale: lowest and highest area of a crop, as a part of the image.
+        mean: mean that the teacher's input was normalized with, per channel.
+        std: standard deviation that the teacher's input was normalized with, per channel.
+        temperature: number that the logits were divided by.
+        crop_scale: lowest and highest area of a crop, as a fraction of the image.
         crop_ratio: lowest and highest width / height of a crop.
         flip: probability that a crop is mirrored left to right.
     """
@@ -73,10 +80,10 @@ class Options:
         check_out(self.out)
 
     def header(self, crops: int, paths: Sequence[str], classes: Sequence[str]) -> Header:
-        """What the store says of its labels; QatError for options that no teacher can have had."""
+        """The header of the store; QatError for options that no store can have."""
         size, kind = self.teacher_input_size, LABEL_TYPES[self.label_type]
         seen = Preprocessing(size, size, self.interpolation, self.mean, self.std)
-        law = CropLaw(self.crop_scale, self.crop_ratio, self.flip)
+        distribution = CropDistribution(self.crop_scale, self.crop_ratio, self.flip)
         return Header(
             **UNKNOWN,
             teacher=self.teacher,
@@ -89,9 +96,9 @@ class Options:
             top_k=kind.top_k or len(classes),
             num_crops=crops,
             num_classes=len(classes),
-            crop_scale=law.scale,
-            crop_ratio=law.ratio,
-            flip_p=law.flip,
+            crop_scale=distribution.scale,
+            crop_ratio=distribution.ratio,
+            flip_p=distribution.flip,
             split=SPLIT,
             class_list_sha256=sha256_of(classes),
             path_list_sha256=sha256_of(paths),
@@ -99,7 +106,11 @@ class Options:
 
 
 def import_fkd(options: Options) -> None:
-    """Import the labels of every image that has none yet; QatError for bad input."""
+    """Import the labels of every image that has none yet.
+
+    Raises:
+        QatError: bad options, or a label file that is missing, damaged or of another kind.
+    """
     folder = options.data.root / SPLIT
     paths, classes = find_images(folder), class_names(folder)
     base = class_folder(options.labels, classes)
@@ -108,12 +119,12 @@ def import_fkd(options: Options) -> None:
     crops = source.crops(paths[0])
     if source.is_half(paths[0]):
         log.warning("boxes in half precision: those of large images can be a pixel off (docs/softlabels.md)")
-    source.row(paths[0], folder / paths[0], crops)  # a wrong label_type, before there is a file
+    source.read(paths[0], folder / paths[0], crops)  # finds a wrong label_type before a store is created
     prepare(options.out, options.header(crops, paths, classes), paths, classes)
     with open_store(options.out) as file:
         todo = np.flatnonzero(file["done"][:] == 0).tolist()
     with Writer(options.out) as writer, Progress("images", len(todo)) as progress:
         for index in todo:
-            writer.put(index, source.row(paths[index], folder / paths[index], crops))
+            writer.put(index, source.read(paths[index], folder / paths[index], crops))
             progress.advance(1)
     log.info("%s: all %d images have labels, %.1f MB", options.out, len(paths), options.out.stat().st_size / 1e6)

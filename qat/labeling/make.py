@@ -1,8 +1,8 @@
-"""Making soft labels: a teacher over many crops of every image, in one process or many, that can be stopped and go on.
+"""Making soft labels: a teacher labels many crops of every image, in one process or in several; a stopped run resumes.
 
-Images are cut into blocks, and the crops of a block into batches, by their place in the list alone. Every forward of
-the teacher therefore has the same content whoever does it, and the labels are the same bits with any number of
-processes and kills. Shapes: M crops of an image, b crops in a batch, S their side, k stored classes.
+Images are cut into blocks, and the crops of a block into batches, by their place in the list alone. Every forward
+pass of the teacher therefore has the same content in whichever process it runs, and the labels are equal to the bit for
+any number of processes and kills. Shapes: M crops of an image, b crops in a batch, S their side, k stored classes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ from torch.utils.data import DataLoader
 
 from qat.data.check import cores
 from qat.data.folder import class_names
-from qat.data.softlabels.blocks import Blocks, Piece, Source, images_of, images_per_block
-from qat.data.softlabels.store import Row, open_store
+from qat.data.softlabels.opening import open_store
+from qat.data.softlabels.store import ImageLabels
+from qat.data.softlabels.teacher_batches import (
+    CroppedImage,
+    TeacherBatch,
+    TeacherBatches,
+    images_of_block,
+    images_per_block,
+)
 from qat.data.softlabels.writer import Writer
 from qat.errors import QatError, first_line
 from qat.labeling.plan import SPLIT, Options, Plan, sha256_of_weights
@@ -33,12 +40,16 @@ from qat.runs.process import first_process
 from qat.training.teacher import Teacher, build_teacher
 
 log = logging.getLogger(__name__)
-PATIENCE = timedelta(days=30)  # of a process that is done, with those that are not
+PATIENCE = timedelta(days=30)  # how long a process that has finished waits for the others
 
 
 def make_softlabels(options: Options) -> None:
-    """Label every image that has no labels yet; QatError for bad input, before the teacher has seen an image."""
-    default_preprocessing(options.teacher)  # an unknown teacher, or a folder without images, before weights are read
+    """Label every image that has no labels yet.
+
+    Raises:
+        QatError: bad input, found before the teacher sees an image, or an image or a label that cannot be used.
+    """
+    default_preprocessing(options.teacher)  # finds an unknown teacher before its weights are read
     classes = class_names(options.data.root / SPLIT)
     precision = _precision(options)
     fabric = _fabric(options, precision)
@@ -52,15 +63,16 @@ def make_softlabels(options: Options) -> None:
         _label_share(fabric, teacher, plan)
         fabric.barrier()
     except BaseException:
-        for process in getattr(fabric.strategy.launcher, "procs", ()):  # of the other devices: what they have is kept
+        for process in getattr(fabric.strategy.launcher, "procs", ()):  # of the other devices; their labels are kept
             process.terminate()
         raise
     if fabric.is_global_zero:
-        plan.join()
+        plan.merge_parts()
         _report(plan)
 
 
 def _precision(options: Options) -> str:
+    """The precision of the teacher; QatError for one that the device lacks."""
     on_gpu = options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if options.precision == "16-mixed" and not on_gpu:
         raise QatError("precision is 16-mixed, which needs a GPU: give 32-true or bf16-mixed")
@@ -68,7 +80,7 @@ def _precision(options: Options) -> str:
 
 
 def _fabric(options: Options, precision: str) -> Fabric:
-    """QatError for devices that are not there; processes that are done wait for the others as long as it takes."""
+    """One process per device; QatError for devices that do not exist."""
     alone = options.num_nodes == 1 and str(options.devices) == "1"
     try:
         return Fabric(
@@ -83,7 +95,7 @@ def _fabric(options: Options, precision: str) -> Fabric:
 
 
 def _label_share(fabric: Fabric, teacher: Teacher, plan: Plan) -> None:
-    """What this process does: every n-th block in which an image has no labels."""
+    """Label the share of this process: every n-th of the blocks in which an image has no labels."""
     options = plan.options
     with open_store(options.out) as file:
         missing = file["done"][:] == 0
@@ -92,102 +104,105 @@ def _label_share(fabric: Fabric, teacher: Teacher, plan: Plan) -> None:
     own = options.out if fabric.world_size == 1 else plan.part(fabric.global_rank)
     if own != options.out:
         plan.create(own)
-    sizes = [len(images_of(block, len(plan.paths), options.crops, options.batch_size)) for block in mine]
+    sizes = [len(images_of_block(block, len(plan.paths), options.crops, options.batch_size)) for block in mine]
     share = f" (process {fabric.global_rank + 1} of {fabric.world_size})" if fabric.world_size > 1 else ""
-    pieces = iter(_loader(plan, mine, fabric.device.type == "cuda"))  # forks before the file is open and locked
+    batches = iter(_loader(plan, mine, fabric.device.type == "cuda"))  # forks before the file is open and locked
     with (
         Writer(own, options.flush_seconds) as writer,
         Progress(f"images{share}", sum(sizes), fabric.is_global_zero) as progress,
     ):
-        for source, labels in _labelled(fabric, teacher, plan, pieces):
-            if missing[source.number]:
-                _put(plan, source, labels, writer)
+        for image, labels in _labeled(fabric, teacher, plan, batches):
+            if missing[image.number]:
+                _put(plan, image, labels, writer)
             progress.advance(1)
 
 
-def _labelled(fabric: Fabric, teacher: Teacher, plan: Plan, pieces: Iterator[Piece]) -> Iterator[tuple[Source, Tensor]]:
-    """Every image with its labels (M, 2, k): classes and probabilities, float32 on the CPU."""
+def _labeled(
+    fabric: Fabric, teacher: Teacher, plan: Plan, batches: Iterator[TeacherBatch]
+) -> Iterator[tuple[CroppedImage, Tensor]]:
+    """Yield every image with its labels (M, 2, k): classes and probabilities, float32 on the CPU."""
     parent = os.getppid()
-    incomplete: dict[int, list[Tensor]] = defaultdict(list)  # labels of blocks of which more is to come
-    for piece, labels in _forward(fabric, teacher, plan, pieces):
-        incomplete[piece.block].append(labels)
-        if piece.sources:
-            yield from zip(piece.sources, torch.cat(incomplete.pop(piece.block)).split(plan.options.crops), strict=True)
-        if fabric.global_rank and os.getppid() != parent:
-            raise QatError("the process that started this one has gone; labels made so far are kept")
+    incomplete: dict[int, list[Tensor]] = defaultdict(list)  # labels of blocks whose last batch is still to come
+    for batch, labels in _forward(fabric, teacher, plan, batches):
+        incomplete[batch.block].append(labels)
+        if batch.images:
+            yield from zip(batch.images, torch.cat(incomplete.pop(batch.block)).split(plan.options.crops), strict=True)
+        if fabric.global_rank and os.getppid() != parent:  # on Windows the number stays: end orphans by hand there
+            raise QatError("the process that started this one has ended; labels made so far are kept")
 
 
-def _forward(fabric: Fabric, teacher: Teacher, plan: Plan, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Tensor]]:
-    """Every piece with its labels (b, 2, k); on a GPU one late, so that it never waits for the host."""
+def _forward(
+    fabric: Fabric, teacher: Teacher, plan: Plan, batches: Iterator[TeacherBatch]
+) -> Iterator[tuple[TeacherBatch, Tensor]]:
+    """Yield every batch with its labels (b, 2, k); on a GPU one batch late, so that it never waits for the host."""
     fabric.to_device(teacher)
     if fabric.device.type == "cuda":
         teacher.to(memory_format=torch.channels_last)
-    waiting: tuple[Piece, Tensor, torch.cuda.Event | None] | None = None
-    for piece in pieces:
-        images = fabric.to_device(piece.images)
-        if images.is_cuda:
-            images = images.contiguous(memory_format=torch.channels_last)
+    waiting: tuple[TeacherBatch, Tensor, torch.cuda.Event | None] | None = None
+    for batch in batches:
+        crops = fabric.to_device(batch.crops)
+        if crops.is_cuda:
+            crops = crops.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), fabric.autocast():
-            logits = teacher(images).float()
+            logits = teacher(crops).float()
         probs, classes = (logits / plan.options.temperature).softmax(-1).topk(plan.options.topk)
         labels = torch.stack([classes.float(), probs], 1).to("cpu", non_blocking=True)
-        before, waiting = waiting, (piece._replace(images=torch.empty(0)), labels, _event(images))
+        before, waiting = waiting, (batch._replace(crops=torch.empty(0)), labels, _event(crops))
         if before is not None:
             yield _arrived(*before)
     if waiting is not None:
         yield _arrived(*waiting)
 
 
-def _event(images: Tensor) -> torch.cuda.Event | None:
-    """What comes after all that was asked of the GPU so far."""
-    if not images.is_cuda:
+def _event(crops: Tensor) -> torch.cuda.Event | None:
+    """An event that happens when the GPU has finished everything it was asked for so far; None on other devices."""
+    if not crops.is_cuda:
         return None
     event = torch.cuda.Event()
     event.record()
     return event
 
 
-def _arrived(piece: Piece, labels: Tensor, event: torch.cuda.Event | None) -> tuple[Piece, Tensor]:
+def _arrived(batch: TeacherBatch, labels: Tensor, event: torch.cuda.Event | None) -> tuple[TeacherBatch, Tensor]:
+    """The batch and its labels, once the copy of the labels to the CPU is complete."""
     if event is not None:
         event.synchronize()
-    return piece, labels
+    return batch, labels
 
 
-def _loader(plan: Plan, todo: list[int], pin_memory: bool) -> DataLoader[Piece]:
+def _loader(plan: Plan, todo: list[int], pin_memory: bool) -> DataLoader[TeacherBatch]:
     options = plan.options
     seen = plan.preprocessing
-    blocks = Blocks(
-        plan.folder, plan.paths, todo, options.law, options.crops, options.batch_size, seen.size, seen.interpolation,
-        options.seed,
+    batches = TeacherBatches(
+        plan.folder, plan.paths, todo, options.crop_distribution, options.crops, options.batch_size, seen.size,
+        seen.interpolation, options.seed,
     )  # fmt: skip
     workers = min(cores(), 8) if options.workers is None else options.workers
-    ahead = 1 if workers else None  # pieces are large
-    return DataLoader(blocks, batch_size=None, num_workers=workers, prefetch_factor=ahead, pin_memory=pin_memory)
+    ahead = 1 if workers else None  # batches are large
+    return DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=ahead, pin_memory=pin_memory)
 
 
-def _put(plan: Plan, source: Source, labels: Tensor, writer: Writer) -> None:
-    """Hand the labels (M, 2, k) of one image to the writer; QatError for what no label may be."""
-    if source.bad:
+def _put(plan: Plan, image: CroppedImage, labels: Tensor, writer: Writer) -> None:
+    """Hand the labels (M, 2, k) of one image to the writer; QatError if the image or a label cannot be used."""
+    if image.bad:
         if plan.options.on_bad_image == "error":
-            raise QatError(
-                f"cannot read {source.bad}; repair it, or set on_bad_image skip; labels made so far are kept"
-            )
-        log.warning("no labels for %s", source.bad)
+            raise QatError(f"cannot read {image.bad}; repair it, or set on_bad_image skip; labels made so far are kept")
+        log.warning("no labels for %s", image.bad)
         return
     if not torch.isfinite(labels).all():
         raise QatError(
-            f"the teacher's output for {plan.folder / plan.paths[source.number]} is not finite in {plan.precision}: "
+            f"the teacher's output for {plan.folder / plan.paths[image.number]} is not finite in {plan.precision}: "
             "begin another file with precision bf16-mixed or 32-true"
         )
     classes, probs = labels.unbind(1)
     writer.put(
-        source.number,
-        Row(
-            source.boxes.numpy().astype(np.uint16),
-            source.flips.numpy(),
+        image.number,
+        ImageLabels(
+            image.boxes.numpy().astype(np.uint16),
+            image.flips.numpy(),
             classes.numpy().astype(np.uint16),
             probs.numpy().astype(np.float16),
-            source.image_size,
+            image.image_size,
         ),
     )
 

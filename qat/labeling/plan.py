@@ -1,4 +1,4 @@
-"""What soft labels are to be made, checked against the images and against what is there already. Shapes: N images."""
+"""The options of making soft labels, checked against the images and against the labels that exist already."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ import torch
 from torch import nn
 
 import qat
-from qat.data.crops import CropLaw
+from qat.data.crops import CropDistribution
 from qat.data.folder import class_names, find_images
-from qat.data.softlabels.store import Header, create, first_difference, names_in, open_store, row_bytes, sha256_of
+from qat.data.softlabels.opening import first_difference, names_in, open_store
+from qat.data.softlabels.store import Header, create, row_bytes, sha256_of
 from qat.data.softlabels.writer import FLUSH_SECONDS, absorb
 from qat.errors import QatError
 from qat.preprocessing import Preprocessing
 
 SPLIT = "train"
-NAMES = {  # of options, where the store has other ones
+OPTIONS = {  # attributes of a store whose options have other names
     "num_crops": "crops",
     "top_k": "topk",
     "flip_p": "flip",
@@ -35,10 +36,10 @@ NAMES = {  # of options, where the store has other ones
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the images are.
+    """The images.
 
     Args:
-        root: folder that holds train/<class>/*; all images of train are labelled.
+        root: folder that holds train/<class>/*; all images of train are labeled.
     """
 
     root: Path
@@ -50,8 +51,8 @@ class Options:
 
     Args:
         data: the images.
-        teacher: timm model whose probabilities are stored; its input size, interpolation, mean and deviation are used.
-        out: file to write; an unfinished one goes on, if it was made with the same options.
+        teacher: timm model whose probabilities are stored; it sees crops in its own size and normalization.
+        out: file to write; an unfinished one is continued if it was begun with the same options.
         teacher_checkpoint: weights of the teacher: pretrained (those that timm names), a local file, or a checkpoint
             that `qat fit` wrote.
         crops: random crops per image.
@@ -59,18 +60,18 @@ class Options:
         label_type: marginal_smoothing spreads the remaining probability over the other classes, marginal_renorm divides
             by the sum of the stored ones, hard is the most probable class alone (topk 1).
         temperature: logits are divided by it.
-        crop_scale: lowest and highest area of a crop, as a part of the image.
+        crop_scale: lowest and highest area of a crop, as a fraction of the image.
         crop_ratio: lowest and highest width / height of a crop.
         flip: probability that a crop is mirrored left to right.
-        seed: fixes the crops, with the number of the image.
-        batch_size: crops per forward of the teacher.
-        precision: of the teacher, as Lightning names it; 16-mixed on a GPU and 32-true elsewhere when null.
+        seed: fixes the crops, together with the number of the image.
+        batch_size: crops per forward pass of the teacher.
+        precision: precision of the teacher, as Lightning names it; 16-mixed on a GPU, else 32-true, when null.
         workers: processes that decode images, for each device; as many as cores, at most 8, when null.
-        on_bad_image: what an unreadable image does: stop, or be left without labels, with a warning.
-        flush_seconds: seconds between two writes to the disk, so the most work that a kill can cost.
+        on_bad_image: what happens to an image that cannot be read: error stops the work, skip leaves it without labels.
+        flush_seconds: seconds between two writes to the disk, and so the most work that a kill can cost.
         accelerator: cpu, gpu, ..., or auto.
         devices: number of devices per node, each with a process of its own, or auto.
-        num_nodes: nodes; the same command is started on each, by torchrun or SLURM.
+        num_nodes: number of nodes; torchrun or SLURM starts the same command on each.
     """
 
     data: Folder
@@ -103,20 +104,20 @@ class Options:
         check_out(self.out)
 
     @property
-    def law(self) -> CropLaw:
-        """Of the crops."""
-        return CropLaw(self.crop_scale, self.crop_ratio, self.flip)
+    def crop_distribution(self) -> CropDistribution:
+        """The distribution of the crops that these options describe."""
+        return CropDistribution(self.crop_scale, self.crop_ratio, self.flip)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The labels that the options ask for; QatError for options that no store can have.
+    """The store to make, and the images to label.
 
     Args:
-        options: as given.
-        preprocessing: of the teacher.
-        teacher_sha256: of its weights.
-        precision: of its forward.
+        options: the options of the command.
+        preprocessing: what the teacher expects.
+        teacher_sha256: hash of the teacher's weights.
+        precision: precision of the teacher's forward passes.
     """
 
     options: Options
@@ -126,16 +127,16 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Of the images."""
+        """The folder that holds the class folders."""
         return self.options.data.root / SPLIT
 
     @property
     def paths(self) -> Sequence[str]:
-        """Of the images, relative to the folder."""
+        """The paths of the images, relative to the folder."""
         return find_images(self.folder)
 
     def header(self) -> Header:
-        """What the store says of its labels."""
+        """The header of the store; QatError for options that no store can have."""
         options, seen, classes = self.options, self.preprocessing, class_names(self.folder)
         return Header(
             teacher=options.teacher,
@@ -149,9 +150,9 @@ class Plan:
             top_k=options.topk,
             num_crops=options.crops,
             num_classes=len(classes),
-            crop_scale=options.law.scale,
-            crop_ratio=options.law.ratio,
-            flip_p=options.law.flip,
+            crop_scale=options.crop_distribution.scale,
+            crop_ratio=options.crop_distribution.ratio,
+            flip_p=options.crop_distribution.flip,
             seed=options.seed,
             batch_size=options.batch_size,
             precision=self.precision,
@@ -161,29 +162,29 @@ class Plan:
         )
 
     def prepare(self) -> None:
-        """Create the store, or go on with it and the parts that processes left; QatError if it was made otherwise."""
+        """Create the store, or continue one, with the parts that a killed run left; QatError for other options."""
         prepare(self.options.out, self.header(), self.paths, class_names(self.folder))
-        self.join()
+        self.merge_parts()
 
     def create(self, path: Path) -> None:
-        """An empty store of this plan."""
+        """Create an empty store for the labels of this plan."""
         create(path, self.header(), self.paths, class_names(self.folder), software())
 
     def part(self, rank: int) -> Path:
-        """The file that one of several processes writes."""
+        """The store that one of several processes writes."""
         return self.options.out.with_name(f"{self.options.out.name}.rank{rank}")
 
-    def join(self) -> None:
-        """Bring together what several processes have made, also what a killed run left."""
+    def merge_parts(self) -> None:
+        """Copy the labels of all processes into one store, also those that a killed run left."""
         out = self.options.out
-        for unborn in _beside(out, r"(\.rank\d+)?\.new"):  # killed while it was created
-            unborn.unlink()
+        for incomplete in _beside(out, r"(\.rank\d+)?\.new"):  # a process was killed while it created the file
+            incomplete.unlink()
         for part in _beside(out, r"\.rank\d+"):
             absorb(out, part)
 
 
 def _beside(out: Path, ending: str) -> list[Path]:
-    """Files whose name is that of ``out`` with an ending."""
+    """Sorted files beside ``out`` whose name is that of ``out`` followed by a match of the expression ``ending``."""
     return sorted(path for path in out.parent.iterdir() if re.fullmatch(re.escape(out.name) + ending, path.name))
 
 
@@ -196,7 +197,11 @@ def check_out(out: Path) -> None:
 
 
 def prepare(out: Path, header: Header, paths: Sequence[str], classes: Sequence[str]) -> None:
-    """Create a store, or look at the one that is there; QatError if that was begun otherwise and has labels."""
+    """Create a store, or check one that exists; an existing one without labels is created anew.
+
+    Raises:
+        QatError: the store has labels of other images or of other options, or the disk has too little space.
+    """
     if not out.exists() or _is_empty(out):
         needed, free = len(paths) * row_bytes(header), shutil.disk_usage(out.parent).free
         if needed > free:
@@ -206,24 +211,26 @@ def prepare(out: Path, header: Header, paths: Sequence[str], classes: Sequence[s
         stored = Header.from_attrs(file.attrs, out)
         if stored.path_list_sha256 != header.path_list_sha256:
             difference = first_difference(names_in(file, "path"), paths)
-            raise QatError(f"out is {out}, whose labels are of other images than those of data.root: {difference}")
+            raise QatError(
+                f"out is {out}, whose labels were made on other images than those of data.root: {difference}"
+            )
     pairs = [(field.name, getattr(stored, field.name), getattr(header, field.name)) for field in fields(Header)]
-    different = [f"{NAMES.get(name, name)} {theirs} -> {ours}" for name, theirs, ours in pairs if theirs != ours]
+    different = [f"{OPTIONS.get(name, name)} {theirs} -> {ours}" for name, theirs, ours in pairs if theirs != ours]
     if different:
         raise QatError(
             f"out is {out}, which was begun with other options ({', '.join(different)}): "
-            "give those again to go on, or another file"
+            "give those again to continue it, or give another file"
         )
 
 
 def _is_empty(out: Path) -> bool:
-    """Whether a store has no labels yet, and no process has left some."""
+    """Whether neither the store nor a part that a process left has labels."""
     with open_store(out) as file:
         return not file["done"][:].any() and not _beside(out, r"\.rank\d+")
 
 
 def sha256_of_weights(model: nn.Module) -> str:
-    """Of names, shapes, types and bytes of all weights and buffers."""
+    """SHA-256 of the names, shapes, types and bytes of all weights and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
@@ -232,5 +239,5 @@ def sha256_of_weights(model: nn.Module) -> str:
 
 
 def software() -> str:
-    """The versions that made a store; for the reader, nothing depends on them."""
+    """The versions that make a store, for information only."""
     return f"qat {qat.__version__}, torch {torch.__version__}, timm {version('timm')}"

@@ -1,4 +1,4 @@
-"""What the attention of every family shares. Shapes: B batch (images, windows), H heads, N tokens, D head width."""
+"""Quantized attention that every family shares. Shapes: B batch (images, windows), H heads, N tokens, D head width."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from qat.quantizers import Quantizer, recompute_operands
 from qat.sites.insert import Cuts, FloatSite, SiteBuilder
 from qat.sites.products import Matrices, Product, same
 
-DONE = FloatSite()  # of a tensor that is quantized already
+QUANTIZED = FloatSite()  # in place of the site of a tensor that is quantized already
 
 
 class QuantHeads(nn.Module):
     """Scaled dot-product attention of several heads with a site on every operand of its products.
 
-    A subclass makes q, k and v of its input and says which tokens see which. The scores are written out, because fused
-    attention has no place for ``probs_quant``; while neither scores nor probabilities are quantized, it is used.
-    A `LogIntSoftmax` at ``probs_quant`` takes the place of the softmax itself.
+    A subclass computes q, k and v from its input and decides which tokens attend to which. The scores are written out,
+    because fused attention has no place for ``probs_quant``; it is used where neither scores nor probabilities are
+    quantized. A quantizer at ``probs_quant`` that replaces softmax is given the scores.
 
     Args:
         attn: float attention with ``qkv``, ``proj`` and ``attn_drop``, whose parameters are shared.
         site: builder for the sites.
         heads: H.
         width: D.
-        scale: of the scores.
+        scale: factor of the scores.
     """
 
     def __init__(self, attn: Any, site: SiteBuilder, heads: int, width: int, scale: float) -> None:
@@ -59,9 +59,9 @@ class QuantHeads(nn.Module):
 
         Args:
             q, k, v: queries, keys and values.
-            mask: tokens that do not see each other: boolean, or added to the scores (B, 1 or H, N, N).
-            is_causal: a token sees those before it, in place of a mask.
-            bias: a part of the scores (1 or B, H, N, N).
+            mask: (B, 1 or H, N, N), added to the scores, or boolean: False where a token does not attend to another.
+            is_causal: a token attends only to itself and to those before it; there is no mask then.
+            bias: added to the scores (1 or B, H, N, N).
         """
         if isinstance(self.scores_quant, FloatSite) and isinstance(self.probs_quant, FloatSite):
             dropout = self.attn_drop.p if self.training else 0.0
@@ -73,7 +73,7 @@ class QuantHeads(nn.Module):
         mask = _additive(mask, is_causal, scores)  # after scores_quant, which would clip -inf
         if self.softmax_is_quantized:
             probs = self.probs_quant(scores if bias is None else scores + bias, mask)
-            return recompute_operands(self._mix, (DONE, probs), (self.v_quant, v))
+            return recompute_operands(self._mix, (QUANTIZED, probs), (self.v_quant, v))
         mask = _sum(bias, mask)
         probs = (scores if mask is None else scores + mask).softmax(-1)
         return recompute_operands(self._mix, (self.probs_quant, probs), (self.v_quant, v))
@@ -90,7 +90,7 @@ class QuantHeads(nn.Module):
 
     @property
     def softmax_is_quantized(self) -> bool:
-        """What is at ``probs_quant`` takes the place of the softmax: it sees scores, not probabilities."""
+        """Whether the quantizer at ``probs_quant`` replaces softmax: it is given scores, not probabilities."""
         return isinstance(self.probs_quant, Quantizer) and self.probs_quant.replaces_softmax
 
     def products(self) -> list[Product]:
@@ -103,7 +103,7 @@ class QuantHeads(nn.Module):
         ]
 
     def _macs(self, shape: tuple[int, ...]) -> int:
-        """Of either product, from the shape (B, N, C) of an input."""
+        """Multiply-accumulates of either product, from the shape (B, N, C) of an input."""
         return shape[0] * shape[1] ** 2 * self.attn_dim
 
 
@@ -116,7 +116,7 @@ def _sum(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 def _additive(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
-    """A mask to add to the scores, or None."""
+    """The mask as a summand of the scores, or None."""
     if is_causal:
         return scores.new_full(scores.shape[-2:], float("-inf")).triu_(1)
     if mask is not None and mask.dtype == torch.bool:

@@ -20,7 +20,7 @@ from qat.preprocessing import Preprocessing
 log = logging.getLogger(__name__)
 PRETRAINED = "pretrained"
 WRAPPERS = ("state_dict", "model", "module")  # where checkpoints keep their weights
-PREFIXES = ("model.", "module.")  # put there by a LightningModule or by DDP
+PREFIXES = ("model.", "module.")  # added to names by a LightningModule or by DDP
 
 
 def check_arch(arch: str) -> None:
@@ -70,7 +70,7 @@ def build_float(
             for random weights.
         num_classes: classes of the head; None keeps what the architecture has.
         model_args: further arguments of the timm constructor, such as ``img_size`` or ``drop_path_rate``.
-        fresh_head: keep the random head and leave the head of the checkpoint out.
+        fresh_head: keep the random head and ignore the head of the checkpoint.
 
     Raises:
         QatError: unknown name, argument or file, or weights that do not fit, naming what is missing.
@@ -99,7 +99,7 @@ def build_float(
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a local file, with the wrappers of usual checkpoints taken off; QatError if it has none."""
+    """The weights in a local file, without the wrappers of usual checkpoints; QatError if there are none."""
     path = Path(path)
     if not path.is_file():
         raise QatError(f"no file {path} of weights: give a .safetensors, .pth or .ckpt file, or 'pretrained'")
@@ -124,7 +124,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str, fr
     """Load ``state`` into ``model``; QatError says exactly which names are missing, unexpected or of another shape."""
     own = model.state_dict()
     born = [f"{name}.bias" for name, module in model.named_modules() if getattr(module, "born_bias", False)]
-    state = {name: own[name] for name in born} | dict(state)  # of a layer that has none in floating point
+    state = {name: own[name] for name in born} | dict(state)  # biases that the float layers do not have
     if fresh_head:
         heads = _heads(model)
         state = {name: value for name, value in state.items() if not name.startswith(heads)}
@@ -146,19 +146,19 @@ def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source:
     raise QatError(f"{source} does not fit the model: {', '.join(parts)}{hint}")
 
 
-def _check_shapes(nn_model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+def _check_shapes(model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
     wrong = [name for name, value in own.items() if state[name].shape != value.shape]
     if not wrong:
         return
     name = wrong[0]
-    if all(n.startswith(_heads(nn_model)) for n in wrong):
+    if all(n.startswith(_heads(model)) for n in wrong):
         raise _head_error(source, state[name].shape[0], own[name].shape[0])
     ours, theirs = tuple(own[name].shape), tuple(state[name].shape)
     raise QatError(f"{source}: {len(wrong)} weights have another shape, the first is {name!r}: {theirs}, not {ours}")
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
-    """Name prefixes of the classifier, as the model's own timm configuration states them."""
+    """Prefixes of the parameters of the classifier, from the timm configuration of the model."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 

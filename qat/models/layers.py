@@ -22,13 +22,13 @@ from qat.sites.products import Matrices, Product, same
 class QuantLinear(nn.Module):
     """A linear layer with sites on input (..., I), weight (O, I) and output (..., O).
 
-    There is always a bias, because calibration may move a part of the input there; a layer that has none in floating
-    point gets a buffer of zeros, which is not trained.
+    There is always a bias, because calibration may move a constant part of the input there; a float layer without one
+    gets a buffer of zeros, which is not trained.
 
     Args:
         linear: the float layer; its weight and bias are shared.
         site: builder for the three sites.
-        weight_cuts, input_cuts: further granularities, axis and groups, that only the parent knows (heads).
+        weight_cuts, input_cuts: axis and groups of further granularities that only the parent knows (heads).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class QuantLinear(nn.Module):
         return out
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """A bias that the file lacks is zero, unless a zero point may have been moved there."""
+        """Fill in zeros for a bias that is missing, unless a zero point may have been folded into it."""
         if self.born_bias and f"{prefix}input_quant.zero_point" not in state_dict:
             state_dict.setdefault(f"{prefix}bias", torch.zeros_like(self.bias))
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -62,12 +62,12 @@ class QuantLinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
     def products(self) -> list[Product]:
-        """(..., I) with (O, I)."""
+        """Rows of the input (..., I) with the weight (O, I)."""
         matrices = Matrices(same, same, (None, 0), lambda x: x.flatten(0, -2), lambda x: 1, self.weight)
         return [Product("input_quant", "weight_quant", lambda shape: prod(shape) * self.out_features, matrices)]
 
     def extra_repr(self) -> str:
-        """Sizes, for ``print(model)``."""
+        """Inputs and outputs, for ``print(model)``."""
         return f"{self.in_features} -> {self.out_features}"
 
 
@@ -100,9 +100,9 @@ class QuantConv2d(nn.Module):
         return F.conv2d(x, weight, self.bias, **self.options)
 
     def products(self) -> list[Product]:
-        """Patches of (B, I, H, W) with (O, I, kh, kw); where it pads or dilates, not as matrices.
+        """Patches of (B, I, H, W) with (O, I, kh, kw); as matrices only where nothing pads, dilates or groups.
 
-        Padding would add zeros to a patch that are not quantized.
+        Padding adds zeros to a patch that do not pass the quantizer.
         """
         cuts = self.options["padding"] in ((0, 0), "valid") and self.options["groups"] == 1
         matrices = self._matrices() if cuts and self.options["dilation"] == (1, 1) else None
@@ -132,9 +132,9 @@ def patches(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
 class QuantLayerNorm(nn.Module):
     """A LayerNorm over the last axis with a site on its output (..., C).
 
-    Where that site is an `IntegerNorm`, the norm is computed from the integers of what it reads: ``source``, set by
-    `qat.sites.insert.connect_norms`. A source of fewer channels was laid side by side (patch merging of Swin); it has
-    one step, so that does not matter.
+    An `IntegerNorm` at that site computes the norm from the integers of its input, which are multiples of the step of
+    ``source``, set by `qat.sites.insert.connect_norms`. The source may have fewer channels: patch merging of Swin
+    concatenates tokens, which share its one step.
     """
 
     def __init__(self, norm: nn.LayerNorm, site: SiteBuilder) -> None:

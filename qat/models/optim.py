@@ -17,7 +17,7 @@ EMBEDDINGS = ("pos_embed", "cls_token", "dist_token", "reg_token")
 def param_groups(model: nn.Module, weight_decay: float, lr: float, step_lr: float) -> list[dict[str, Any]]:
     """Groups for an optimizer: steps and offsets at rate ``step_lr``, the rest at ``lr``; only weights are decayed.
 
-    timm leaves biases, norms and other one-dimensional parameters undecayed; embeddings are named.
+    timm leaves biases, norms and other one-dimensional parameters undecayed; `EMBEDDINGS` are undecayed too.
     """
     own: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list={*own, *EMBEDDINGS})

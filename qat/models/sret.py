@@ -1,31 +1,33 @@
 """SReT, quantized. Shapes: B images, N tokens, C channels.
 
-A block is applied twice and its sites serve both applications. Calibration therefore samples the tensors of both, each
-as it samples that of another site; training adds the gradients of both.
+A block is applied twice, and its sites serve both applications: calibration uses the tensors of both, and training adds
+the gradients of both.
 
-The attention inside a block is timm's `Attention`, as in a ViT, and so is what replaces it. Groups of tokens come to it
-as a batch; everything outside it works per token, so that the order of the tokens matters nowhere else.
+The attention inside a block is timm's `Attention`, as in a ViT, and it is replaced by the same class. Groups of tokens
+reach it as a batch; everything outside it works per token, so the order of the tokens matters nowhere else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.models.sret_float import NonProjection, RecursiveBlock, SReT
-from qat.sites.family import Family, family
+from qat.models.sret_float import NonProjection, RecursiveBlock, SReT, as_map, as_tokens
+from qat.sites.family import Family, NormLink, Unit, family
 from qat.sites.insert import SiteBuilder, swap_children, swaps
 
 
 @family(SReT)
 class SReTFamily(Family):
-    """What is said of an SReT as a whole; it is no chain of units, because a block is applied twice."""
+    """Checks, LayerNorms and units of an SReT."""
 
     def check(self, model: SReT) -> None:
-        """Refuse, by name, a block or an attention that was put in the place of ours."""
+        """Refuse, by name, a block or an attention of another class."""
         stage: Any
         for s, stage in enumerate(model.stages):
             for i, block in enumerate(stage.blocks):
@@ -35,6 +37,38 @@ class SReTFamily(Family):
                 if type(block.attn) is not Attention:
                     kind = type(block.attn).__name__
                     raise QatError(f"{place}.attn is a {kind}: only timm's Attention is reproduced")
+
+    def norm_links(self, model: SReT) -> list[NormLink]:
+        """Two LayerNorms in every block, one in every MLP, and the last; the first of a block has two sources."""
+        links = []
+        stage: Any
+        for s, stage in enumerate(model.stages):
+            for i in range(len(stage.blocks)):
+                block, mlps = f"stages.{s}.blocks.{i}", [f"stages.{s}.mlps.{j}" for j in (2 * i, 2 * i + 1)]
+                links.append(NormLink(f"{block}.norm1", None, f"{block}.attn.qkv"))
+                links.append(NormLink(f"{block}.norm2", f"{block}.attn_residual_quant", f"{block}.mlp.fc1"))
+                links += [NormLink(f"{mlp}.norm1", f"{block}.mlp_residual_quant", f"{mlp}.mlp.fc1") for mlp in mlps]
+        return [*links, NormLink("norm", None, None)]
+
+    def units(self, model: SReT) -> list[Unit]:
+        """Embedding, every pooling, every block with its two MLPs, head; between them are tokens (B, N, C)."""
+        units = [Unit("embedding", lambda x: as_tokens(model.embed(x)), ("patch_embed",), ("pos_embed",))]
+        stage: Any
+        for s, stage in enumerate(model.stages):
+            if s:
+                name = f"pools.{s - 1}"
+                units.append(Unit(name, partial(_pool_tokens, model.pools[s - 1], model.grid(s - 1)), (name,)))
+            for i in range(len(stage.blocks)):
+                names = (f"blocks.{i}", f"mlps.{2 * i}", f"mlps.{2 * i + 1}")
+                modules = tuple(f"stages.{s}.{name}" for name in names)
+                units.append(Unit(modules[0], partial(stage.apply_block, i), modules))
+        last = model.grid(len(model.stages) - 1)
+        return [*units, Unit("head", lambda x: model.forward_head(as_map(x, last)), ("norm", "head"))]
+
+
+def _pool_tokens(pool: nn.Module, grid: Sequence[int], x: Tensor) -> Tensor:
+    """Tokens (B, N, C) of one stage to those of the next."""
+    return as_tokens(pool(as_map(x, grid)))
 
 
 @swaps(RecursiveBlock)

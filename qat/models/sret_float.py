@@ -1,17 +1,14 @@
 """SReT, the sliced recursive transformer (arXiv 2111.05297), which timm lacks; registered with timm as ``sret_tiny``.
 
-A stem of three convolutions, then stages with a depthwise pooling convolution between them. A stage applies each of its
-blocks twice and puts an MLP of its own after every application: block 0, MLP 0, block 0, MLP 1, block 1, MLP 2, ...
-A token attends within a group of neighbours. Before the second application the tokens are shuffled, so that the groups
-are others; the official model does so in evaluation too, where here an order is fixed (`evaluation_order`).
-
-Shapes: B images, C channels, N tokens in raster order, G groups of tokens.
+A stem of three convolutions is followed by stages with a depthwise pooling convolution between them. A stage applies
+each of its blocks twice, with another MLP after every application: block 0, MLP 0, block 0, MLP 1, block 1, MLP 2, ...
+Attention is within groups of tokens (`Grouping`). Shapes: B images, C channels, N tokens in raster order.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, starmap
 from math import prod
 from typing import Any
@@ -22,63 +19,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from qat.errors import QatError
+from qat.models.grouping import Grouping, evaluation_order
 
-EPS = 1e-6  # of every LayerNorm
-
-
-def evaluation_order(permutation: str | int, tokens: int, index: int) -> Tensor | None:
-    """An order (N,) of the tokens for the block ``index`` of a model; None is their own.
-
-    Args:
-        permutation: ``portable`` (a formula, the same in every language and on every device), ``identity``, or the
-            seed of a random draw.
-        tokens: N.
-        index: counts the blocks of all stages from 0.
-    """
-    if permutation == "portable":
-        i = torch.arange(tokens, device="cpu")
-        return ((31 * i * i + 7919 * i + 104729 * (index + 1)) % 10007).argsort(stable=True)
-    if permutation == "identity":
-        return None
-    if isinstance(permutation, bool) or not isinstance(permutation, int):
-        raise QatError(f"eval_permutation is {permutation!r}: choose portable, identity, or an integer as seed")
-    generator = torch.Generator().manual_seed(1000 * permutation + index)  # no model has a thousand blocks
-    return torch.randperm(tokens, generator=generator, device="cpu")
-
-
-class Grouping(nn.Module):
-    """Attention within groups of N / G tokens: of neighbours, or, in the second application, of shuffled ones.
-
-    The groups are folded into the batch, so the attention itself is that of any transformer.
-
-    Args:
-        tokens: N.
-        groups: G of the first and of the second application; where G = 1 nothing is shuffled.
-        order: of the tokens (N,) in evaluation, None for their own; training draws one from torch's global generator
-            in every call.
-    """
-
-    def __init__(self, tokens: int, groups: tuple[int, int], order: Tensor | None = None) -> None:
-        super().__init__()
-        for G in groups:
-            if G < 1 or tokens % G:
-                raise QatError(f"{tokens} tokens cannot be cut into {G} equal groups: change img_size or groups")
-        self.tokens, self.groups = tokens, groups
-        self.order = order  # not a buffer: a weight average would average it, and cut the integers
-
-    def forward(self, attn: Callable[[Tensor], Tensor], x: Tensor, again: bool) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        (B, N, C), G = x.shape, self.groups[again]
-        order = self.draw(x) if again and G > 1 else None
-        x = x if order is None else x.index_select(1, order)
-        x = attn(x.reshape(B * G, N // G, C)).reshape(B, N, C)
-        return x if order is None else x.index_select(1, order.argsort())
-
-    def draw(self, x: Tensor) -> Tensor | None:
-        """The order of the tokens, on the device of ``x``."""
-        if self.training:
-            return torch.randperm(self.tokens, device=x.device)
-        return None if self.order is None else self.order.to(x.device)
+EPS = 1e-6  # in every LayerNorm
 
 
 class RecursiveBlock(nn.Module):
@@ -124,24 +67,42 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, C, H, W) to one of the same shape."""
-        shape = x.shape
-        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
-        for i, mlp in enumerate(self.mlps):
-            x = mlp(self.blocks[i // 2](x, again=i % 2 == 1))
-        return x.transpose(1, 2).reshape(shape)
+        grid = x.shape[2:]
+        x = as_tokens(x)
+        for i in range(len(self.blocks)):
+            x = self.apply_block(i, x)
+        return as_map(x, grid)
+
+    def apply_block(self, i: int, x: Tensor) -> Tensor:
+        """Apply block i twice, each time with the MLP that follows: tokens (B, N, C) to (B, N, C)."""
+        block = self.blocks[i]
+        x = self.mlps[2 * i](block(x, again=False))
+        out: Tensor = self.mlps[2 * i + 1](block(x, again=True))
+        return out
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """A map (B, C, H, W) to tokens (B, N, C) in raster order."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def as_map(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """Tokens (B, N, C) to a map (B, C, H, W) of ``grid`` = (H, W)."""
+    out: Tensor = x.transpose(1, 2).unflatten(2, tuple(grid))
+    return out
 
 
 class SReT(nn.Module):
     """SReT; the defaults are those of SReT-T.
 
     Args:
-        img_size: of the square images.
-        in_chans, num_classes: channels of an image and outputs of the head, which 0 leaves out.
+        img_size: height and width of the images.
+        in_chans, num_classes: channels of an image, and outputs of the head; with 0 classes there is no head.
         embed_dims, depths, num_heads: C, blocks and heads of each stage.
-        groups: G of each stage in the first and in the second application of its blocks.
+        groups: groups of tokens in each stage, in the first and in the second application of its blocks.
         mlp_ratio: hidden width of the blocks over C.
-        non_projection_ratio: likewise of the MLPs after them.
-        drop_path_rate: rises with the applications before a block, from 0.
+        non_projection_ratio: hidden width of the MLPs after them, over C.
+        drop_path_rate: the rate grows from 0 with the number of applications before a block, towards this one.
         eval_permutation: see `evaluation_order`.
     """
 
@@ -165,13 +126,13 @@ class SReT(nn.Module):
         self.img_size: tuple[int, int] = to_2tuple(img_size)
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.patch_embed = _stem(in_chans, embed_dims[0])
-        self.pos_embed = nn.Parameter(torch.empty(1, embed_dims[0], *self._grid(0)))
+        self.pos_embed = nn.Parameter(torch.empty(1, embed_dims[0], *self.grid(0)))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.stages = nn.ModuleList()
         for s, (C, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
             before = 2 * sum(depths[:s])  # applications
             blocks = [
-                RecursiveBlock(C, heads, int(mlp_ratio * C), rate, Grouping(prod(self._grid(s)), groups[s]))
+                RecursiveBlock(C, heads, int(mlp_ratio * C), rate, Grouping(prod(self.grid(s)), groups[s]))
                 for rate in (drop_path_rate * (before + j) / (2 * sum(depths)) for j in range(depth))
             ]
             mlps = [NonProjection(C, int(non_projection_ratio * C)) for _ in range(2 * depth)]
@@ -186,28 +147,33 @@ class SReT(nn.Module):
         for index, grouping in enumerate(module for module in self.modules() if isinstance(module, Grouping)):
             grouping.order = evaluation_order(permutation, grouping.tokens, index)
 
-    def _grid(self, stage: int) -> list[int]:
+    def grid(self, stage: int) -> list[int]:
         """Rows and columns of tokens; every stride of 2 rounds up."""
         return [-(-side // 2 ** (3 + stage)) for side in self.img_size]
 
     def no_weight_decay(self) -> set[str]:
-        """Names for timm's optimizers."""
+        """Names of parameters that optimizers of timm leave undecayed."""
         return {"pos_embed"}
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head, by the name that timm gives this method."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head; the map is averaged in any case."""
+        """Replace the head; ``global_pool`` is ignored, because the map is always averaged."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, S, S) to a map (B, C, H, W)."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, 3, S, S) to the map (B, C, S / 8, S / 8) that the first stage reads."""
         if x.shape[-2:] != self.img_size:
             raise QatError(f"images of size {tuple(x.shape[-2:])} in a model of img_size {self.img_size}")
-        x = self.patch_embed(x) + self.pos_embed
+        out: Tensor = self.patch_embed(x) + self.pos_embed
+        return out
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, S, S) to a map (B, C, H, W)."""
+        x = self.embed(x)
         for i, stage in enumerate(self.stages):
             x = stage(self.pools[i - 1](x) if i else x)
         return x

@@ -25,11 +25,11 @@ from qat.sites.insert import SiteBuilder, swap_children, swaps
 
 
 @family(SwinTransformer)
-class Swin(Family):
-    """What is said of a Swin as a whole."""
+class SwinFamily(Family):
+    """Checks, LayerNorms and units of a Swin."""
 
     def check(self, model: SwinTransformer) -> None:
-        """Refuse, by name, what would compute matrix products that no site reaches, or another mask."""
+        """Refuse, by name, a part that would compute products without a site, or another mask."""
         _require(model, "patch_embed", PatchEmbed)
         stage: Any
         for i, stage in enumerate(model.layers):
@@ -64,13 +64,14 @@ class Swin(Family):
 
     def units(self, model: SwinTransformer) -> list[Unit]:
         """Patches, every block, every merging, head."""
-        units = [Unit("patch_embed", model.patch_embed)]
+        parts: list[tuple[str, nn.Module]] = [("patch_embed", model.patch_embed)]
         stage: Any
         for i, stage in enumerate(model.layers):
             if not isinstance(stage.downsample, nn.Identity):
-                units.append(Unit(f"layers.{i}.downsample", stage.downsample))
-            units += [Unit(f"layers.{i}.blocks.{j}", block) for j, block in enumerate(stage.blocks)]
-        return [*units, Unit("head", lambda x: model.forward_head(model.norm(x)))]
+                parts.append((f"layers.{i}.downsample", stage.downsample))
+            parts += [(f"layers.{i}.blocks.{j}", block) for j, block in enumerate(stage.blocks)]
+        head = Unit("head", lambda x: model.forward_head(model.norm(x)), ("norm", "head"))
+        return [*(Unit(name, part, (name,)) for name, part in parts), head]
 
 
 def _require(model: nn.Module, name: str, *kinds: type[nn.Module]) -> None:
@@ -83,7 +84,7 @@ def _require(model: nn.Module, name: str, *kinds: type[nn.Module]) -> None:
 class QuantWindowBlock(nn.Module):
     """A block over windows, shifted or not, with sites on the residual stream after each of its two sums."""
 
-    attend_windows: Any = SwinTransformerBlock._attn  # timm's: shift, pad, cut into windows, self.attn, and back
+    attend_windows: Any = SwinTransformerBlock._attn  # of timm: shift, pad, cut into windows, self.attn, and back
 
     def __init__(self, block: SwinTransformerBlock, site: SiteBuilder) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class QuantWindowBlock(nn.Module):
 
 @swaps(WindowAttention)
 class QuantWindowAttention(QuantHeads):
-    """Self-attention of the tokens of a window, with a bias for where they lie to each other."""
+    """Self-attention of the tokens of a window, with a bias for their relative position."""
 
     def __init__(self, attn: WindowAttention, site: SiteBuilder) -> None:
         super().__init__(attn, site, attn.num_heads, attn.proj.in_features // attn.num_heads, attn.scale)
@@ -123,9 +124,10 @@ class QuantWindowAttention(QuantHeads):
         return out
 
     def position_bias(self) -> Tensor:
-        """The entry of the table for every pair of tokens (1, H, N, N), where timm looks it up by integers.
+        """The entry of the table for every pair of tokens (1, H, N, N).
 
-        Those are a buffer, and a weight average rounds integers down: 0.9999 * 11 + 0.0001 * 11 becomes 10.
+        timm looks it up by integers in a buffer, which a weight average rounds down: 0.9999 * 11 + 0.0001 * 11 becomes
+        10.
         """
         h, w = self.window_size
         table = self.relative_position_bias_table_quant(self.relative_position_bias_table)

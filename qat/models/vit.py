@@ -18,11 +18,11 @@ from qat.sites.insert import FloatSite, SiteBuilder, swap_children, swaps
 
 
 @family(VisionTransformer, VisionTransformerDistilled)
-class ViT(Family):
-    """What is said of a ViT as a whole."""
+class ViTFamily(Family):
+    """Checks, LayerNorms and units of a ViT."""
 
     def check(self, model: VisionTransformer) -> None:
-        """Refuse, by name, what would compute matrix products that no site reaches."""
+        """Refuse, by name, a part that would compute products without a site."""
         if type(model.patch_embed) is not PatchEmbed:
             raise QatError(f"patch_embed is a {type(model.patch_embed).__name__}: only timm's PatchEmbed is reproduced")
         if model.attn_pool is not None:
@@ -50,7 +50,7 @@ class ViT(Family):
         for module in found.values():
             module.train(model.training)
         model._modules.update({**found, **dict(children[first:])})  # sites are listed in the order of the network
-        model.__class__ = EMBEDDING[type(model)]  # the only way to a sum inside a method of the root
+        model.__class__ = EMBEDDING[type(model)]  # the only way to reach a sum inside a method of the root
         quantized = [name for name in ("tokens_quant", "pos_embed_quant") if not isinstance(found[name], FloatSite)]
         if quantized and (model.pos_embed is None or model.dynamic_img_size):
             raise QatError(
@@ -77,16 +77,18 @@ class ViT(Family):
         def embed(x: Tensor) -> Tensor:
             return cast(Tensor, model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))))
 
-        blocks = [Unit(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+        blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+        head = [name for name in ("norm", "fc_norm", "head", "head_dist") if hasattr(model, name)]
+        embedding = ("patch_embed", "tokens_quant", "pos_embed_quant", "embed_quant", "norm_pre")
         return [
-            Unit("embedding", embed),
-            *blocks,
-            Unit("head", lambda x: model.forward_head(model.norm(x))),
+            Unit("embedding", embed, embedding, tuple(name for name, _ in model.named_parameters(recurse=False))),
+            *(Unit(name, block, (name,)) for name, block in blocks),
+            Unit("head", lambda x: model.forward_head(model.norm(x)), tuple(head)),
         ]
 
 
 class QuantEmbedding:
-    """Adds to a timm ViT the sites of its embedding: [class, distillation and register tokens; patches] + positions."""
+    """Sites in the embedding of a timm ViT: [class, distillation and register tokens; patches] + positions."""
 
     tokens_quant: nn.Module
     pos_embed_quant: nn.Module

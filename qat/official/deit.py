@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qat.official.family import Family, Places, Sizes, Table
+from qat.official.layout import OfficialLayout, Places, Sizes, Table
 
 
-class DeiT(Family):
-    """Any timm model whose official names are timm's, and quantized the three sizes of DeiT."""
+class DeiTLayout(OfficialLayout):
+    """Float weights of any timm model whose official names are timm's; quantized ones of DeiT-T, S and B."""
 
     mark = "blocks."
     prefix = ""
@@ -25,16 +25,17 @@ class DeiT(Family):
     }
 
     def measure(self, table: Table) -> tuple[int, int]:
-        """Width and depth."""
-        width = table["cls_token"].numel() if "cls_token" in table else 0
-        return width, len({name.split(".")[1] for name in table if name.startswith("blocks.")})
+        """Channels and number of blocks."""
+        channels = table["cls_token"].numel() if "cls_token" in table else 0
+        return channels, len({name.split(".")[1] for name in table if name.startswith("blocks.")})
 
     def refusal(self, measured: tuple[int, int]) -> str:
-        width, depth = measured
-        return f"width {width} and depth {depth} (cls_token, blocks) tell no DeiT: give its timm name (--arch)"
+        channels, blocks = measured
+        return f"no DeiT has {channels} channels (cls_token) and {blocks} blocks: give its timm name (--arch)"
 
     def remark(self, split: bool) -> str:
         return split * (
-            "VVTQ's float training clamps GELU outputs to at most 1, timm's model does not, and names cannot tell "
-            "whether these weights were trained so: measure them (--model.recipe float) before you train from them"
+            "VVTQ's float training clamps GELU outputs to at most 1, timm's model does not, and the names do not show "
+            "which of the two these weights were trained with: before you train from them, evaluate them with "
+            "--model.recipe float"
         )

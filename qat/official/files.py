@@ -5,7 +5,7 @@ qat convert-official model_best.pth.tar vvtq_deit_t_w4a4.ckpt
 
 Float weights, official or with the split projections of VVTQ, become a .safetensors file for --model.checkpoint. A
 quantized model of VVTQ becomes a .ckpt file that describes itself, for qat validate --ckpt and qat.load; it has no
-state of an optimizer, so no run can resume from it. What does not fit exactly is refused, and nothing is written.
+optimizer state, so no run can resume from it. A file that does not fit exactly is refused, and nothing is written.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from qat.official.conversion import Converted, convert
 from qat.official.steps import ReductionBits
 
 log = logging.getLogger(__name__)
-CONTAINERS = ("model", "state_dict")  # of float weights, and of VVTQ
-MODULE = "module."  # put there by (Distributed)DataParallel
-LIGHTNING = {"pytorch-lightning_version": "2.5.0"}  # asked of every file that is validated; the oldest that qat allows
+CONTAINERS = ("model", "state_dict")  # keys of the table: official float files, and VVTQ
+MODULE = "module."  # the prefix that DataParallel and DistributedDataParallel add
+WRITTEN_BY = {"pytorch-lightning_version": "2.5.0"}  # Lightning migrates a checkpoint from this version to its own
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to convert.
+class ConvertOptions:
+    """A file to convert.
 
     Args:
         input: official .pth or .pth.tar file.
         output: .safetensors for float weights, .ckpt for a quantized model.
         arch: timm name of the model; inferred from names and sizes when left out.
-        reduction_bits: of a quantized Swin, whose weights that merge patches may have other than 8 bits: 8 refuses
-            such a file, trained keeps the width.
+        reduction_bits: width of the weights that merge patches in a quantized Swin: 8 refuses a file with another
+            width there, trained keeps that width.
         eval_permutation: order of tokens in a quantized SReT: portable (default), identity, or a seed.
         force: overwrite the output.
     """
@@ -56,7 +56,11 @@ class Options:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The table of weights in a file, out of its container and without ``module.``; QatError if that is ambiguous."""
+    """The table of weights in a file, without the prefix ``module.``.
+
+    Raises:
+        QatError: for a file that is missing or damaged, that would run code, or in which the table is ambiguous.
+    """
     if not path.is_file():
         raise QatError(f"no file {path}: give an official .pth or .pth.tar file, or one of VVTQ")
     try:
@@ -70,7 +74,9 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} has {keys[:5]}: one table, 'model' or 'state_dict', must hold the weights; keep that one"
         )
     for name, value in table.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str):
+            raise QatError(f"{path}: the name {name!r} is not a string: keep only the weights")
+        if not isinstance(value, Tensor):
             raise QatError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor: keep only the weights")
     if left := [key for key in keys if key not in found]:
         log.info("left out: %s", ", ".join(left))
@@ -78,7 +84,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def without_prefix(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One ``module.`` is taken off if all names have it; QatError if only some have."""
+    """The table with one ``module.`` removed from every name; unchanged if no name has it, QatError if only some do."""
     bare = [name for name in table if not name.startswith(MODULE)]
     if bare and len(bare) < len(table):
         raise QatError(f"{bare[0]!r} lacks the prefix {MODULE!r} that other names have: give the table of one model")
@@ -86,7 +92,7 @@ def without_prefix(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_error(path: Path, error: Exception) -> QatError:
-    """What a user can do about a file that does not load with ``weights_only=True``."""
+    """The error for a file that does not load with ``weights_only=True``, with what a user can do about it."""
     if foreign := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
         return QatError(
             f"{path} holds a {foreign[1]}, which only a loader that may also run code from the file can read: if you "
@@ -96,17 +102,17 @@ def load_error(path: Path, error: Exception) -> QatError:
 
 
 def check_output(output: Path, source: Path, force: bool) -> None:
-    """QatError for an output that cannot, or must not, be written."""
+    """Raise QatError for an output that cannot, or must not, be written."""
     if output.exists() and source.exists() and output.samefile(source):
         raise QatError(f"{output} is the input: give another OUTPUT")
     if not output.parent.is_dir():
         raise QatError(f"no folder {output.parent} to write {output.name} to: create it first")
     if output.is_dir() or (output.exists() and not force):
-        raise QatError(f"{output} exists: give another OUTPUT, or --force to overwrite a file")
+        raise QatError(f"{output} exists: give another OUTPUT, or --force true to overwrite a file")
 
 
 def write(converted: Converted, output: Path) -> None:
-    """Write the file, complete or not at all; QatError for a suffix that qat would not read it by."""
+    """Write the whole file or nothing; QatError if qat could not read the file under the suffix of ``output``."""
     card = converted.card
     suffix, kind = (".ckpt", "quantized") if card else (".safetensors", "float")
     if output.suffix != suffix:
@@ -115,16 +121,16 @@ def write(converted: Converted, output: Path) -> None:
     try:
         if card:
             state = {PREFIX + name: value for name, value in converted.state.items()}
-            torch.save({**LIGHTNING, KEY: card.to_dict(), "state_dict": state}, part)
+            torch.save({**WRITTEN_BY, KEY: card.to_dict(), "state_dict": state}, part)
         else:
-            part.write_bytes(save(converted.state, {"format": "pt"}))  # save_file makes it unreadable for others
+            part.write_bytes(save(converted.state, {"format": "pt"}))  # save_file would deny others to read it
         os.replace(part, output)
     finally:
         part.unlink(missing_ok=True)
 
 
 def summary(converted: Converted) -> str:
-    """Model, widths and counts in a few words."""
+    """Model, widths, and number of steps and tensors in a few words."""
     steps = sum(value.numel() for name, value in converted.state.items() if name.endswith("_quant.step"))
     rules = converted.card.rules if converted.card else []
     bits = {rule["match"]: rule["spec"]["init_args"]["bits"] for rule in rules if rule["spec"]}
@@ -132,8 +138,12 @@ def summary(converted: Converted) -> str:
     return f"{converted.arch}, {kind}, {len(converted.state)} tensors"
 
 
-def convert_file(options: Options) -> None:
-    """Convert a file, and log what was written."""
+def convert_file(options: ConvertOptions) -> None:
+    """Convert a file, and log what was written.
+
+    Raises:
+        QatError: for an input that is no official file, or an output that cannot be written.
+    """
     check_output(options.output, options.input, options.force)
     model_args = {} if options.eval_permutation is None else {"eval_permutation": options.eval_permutation}
     converted = convert(read(options.input), options.arch, wnids(), model_args, options.reduction_bits)

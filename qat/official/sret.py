@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-from qat.official.family import Family, Places, Sizes, Table
+from qat.official.layout import OfficialLayout, Places, Sizes, Table
 
-OTHERS = {(64, 256): "SReT-LT", (126, 378): "SReT-S"}
+OTHERS = {(64, 256): "those of SReT-LT", (126, 378): "those of SReT-S"}
 
 
-class SReT(Family):
+class SReTLayout(OfficialLayout):
     """SReT-T, distilled or not."""
 
     mark = "transformers."
@@ -30,15 +30,14 @@ class SReT(Family):
     }
 
     def measure(self, table: Table) -> tuple[int, int]:
-        """Width of the first stage, and hidden width of its blocks."""
+        """Channels of the first stage, and hidden channels of its blocks."""
         embedding, hidden = table.get("pos_embed"), table.get("transformers.0.blocks.0.mlp.fc1.bias")
-        width = embedding.shape[1] if embedding is not None and embedding.ndim == 4 else 0
-        return width, hidden.numel() if hidden is not None else 0
+        channels = embedding.shape[1] if embedding is not None and embedding.ndim == 4 else 0
+        return channels, hidden.numel() if hidden is not None else 0
 
     def refusal(self, measured: tuple[int, int]) -> str:
-        known = OTHERS.get(measured, "no SReT that is known here")
-        widths = f"width {measured[0]} (pos_embed) and hidden width {measured[1]} (transformers.0.blocks.0.mlp.fc1)"
-        return f"{widths} tell {known}: only SReT-T (sret_tiny) is converted"
+        found = f"{measured[0]} channels (pos_embed) and {measured[1]} hidden ones (transformers.0.blocks.0.mlp.fc1)"
+        return f"{found} are {OTHERS.get(measured, 'of no known SReT')}: only SReT-T (sret_tiny) is converted"
 
     def rename(self, name: str) -> str:
         name = re.sub(r"(coefficient\d)$", r"\1.bias", name)
@@ -57,6 +56,6 @@ class SReT(Family):
 
     def remark(self, split: bool) -> str:
         return (not split) * (
-            "names cannot tell whether SReT was trained with slices: sret_tiny has the 8/2, 4/1 and 1/1 groups of "
-            "SReT-T; weights of a version without slices are for model_args {groups: [[1, 1], [1, 1], [1, 1]]}"
+            "the names do not show whether SReT was trained with slices: sret_tiny has the 8/2, 4/1 and 1/1 groups of "
+            "SReT-T; for weights that were trained without slices, give model_args {groups: [[1, 1], [1, 1], [1, 1]]}"
         )

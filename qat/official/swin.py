@@ -1,8 +1,9 @@
 """Official files of Swin (arXiv 2103.14030), and of VVTQ after them.
 
-Official names merge patches at the end of a stage, timm's at the start of the next, and the head is a module deeper
-there. Files hold the table of relative positions and the masks of shifted windows too, which timm computes.
-VVTQ quantizes neither the image nor the input of the merging; the widths of the merging weights are parameters there.
+In official files the layer that merges patches belongs to the end of a stage, in timm to the start of the next; timm's
+head is one module deeper. Official files also store the index of relative positions and the masks of shifted windows,
+which timm computes. VVTQ quantizes neither the image nor the input of the merging layers, and it trains the widths of
+their weights.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from functools import cache
 from typing import ClassVar
 
 from qat.models import build_float
-from qat.official.family import Family, Places, Sizes, Table
+from qat.official.layout import OfficialLayout, Places, Sizes, Table
 
-MERGING = {s: f"layers.{s + 1}.downsample.reduction" for s in range(3)}  # stage of the file -> our layer
+MERGING_LAYERS = {s: f"layers.{s + 1}.downsample.reduction" for s in range(3)}  # stage of the file -> our layer
 
 
-class Swin(Family):
-    """Swin-T, S and B with windows of 7 tokens, and float weights of any timm Swin that is named."""
+class SwinLayout(OfficialLayout):
+    """Swin-T, S and B with windows of 7 x 7 tokens; float weights also of any other timm Swin, if it is named."""
 
     mark = "layers."
     prefix = "swin_"
@@ -29,24 +30,24 @@ class Swin(Family):
     }
     outside: ClassVar[Places] = {
         "patch_embed.proj.weight_quant": ("patch_embed.proj",),
-        **{f"{layer}.weight_quant": (f"layers.{s}.downsample.reduction",) for s, layer in MERGING.items()},
+        **{f"{layer}.weight_quant": (f"layers.{s}.downsample.reduction",) for s, layer in MERGING_LAYERS.items()},
         "head.fc.input_quant": ("quant",),
         "head.fc.weight_quant": ("head",),
     }
-    trained = tuple(f"{layer}.weight_quant" for layer in MERGING.values())
+    trained = tuple(f"{layer}.weight_quant" for layer in MERGING_LAYERS.values())
     unused = ("patch_embed.quant",)
     rules = tuple({"match": f"{place}.input_quant", "spec": None} for place in ("patch_embed.proj", "*.reduction"))
 
     def measure(self, table: Table) -> tuple[int, int]:
-        """Width of the first stage, and blocks of all stages."""
-        width = table["patch_embed.norm.weight"].numel() if "patch_embed.norm.weight" in table else 0
+        """Channels of the first stage, and number of blocks in all stages."""
+        channels = table["patch_embed.norm.weight"].numel() if "patch_embed.norm.weight" in table else 0
         blocks = (re.match(r"layers\.\d+\.blocks\.\d+\.", name) for name in table)
-        return width, len({block[0] for block in blocks if block})
+        return channels, len({block[0] for block in blocks if block})
 
     def refusal(self, measured: tuple[int, int]) -> str:
-        width, depth = measured
-        where = "(patch_embed.norm, layers)"
-        return f"width {width} and depth {depth} {where} tell no Swin-T, S or B: give its timm name (--arch)"
+        channels, blocks = measured
+        size = f"{channels} channels (patch_embed.norm) and {blocks} blocks"
+        return f"no Swin-T, S or B has {size}: give its timm name (--arch)"
 
     def rename(self, name: str) -> str:
         name = re.sub(r"^head\.fc\.", "head.", name)
@@ -58,7 +59,7 @@ class Swin(Family):
 
 @cache
 def _computed(arch: str) -> Table:
-    """The buffers of timm's model that are not part of its weights."""
+    """The buffers that timm's model computes and does not save."""
     model = build_float(arch, None)
     weights = model.state_dict()
     return {name: value for name, value in model.named_buffers() if name not in weights}

@@ -1,4 +1,4 @@
-"""Post-training calibration: values for the parameters of quantizers, without training."""
+"""Post-training calibration: chooses the parameters of quantizers without training."""
 
 from collections.abc import Iterable
 
@@ -15,5 +15,5 @@ __all__ = ["InitSteps", "Observe", "OutputSearch", "PTQMethod", "RepQViT", "cali
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], method: PTQMethod | None = None) -> None:
-    """Fill every quantizer of ``model``, in place, from normalized images (B, 3, S, S); `InitSteps` unless given."""
+    """Calibrate ``model``, in place, on normalized images (B, 3, S, S), by ``method`` or else by `InitSteps`."""
     (method or InitSteps())(model, batches)

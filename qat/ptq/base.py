@@ -15,54 +15,85 @@ from qat.quantizers import Quantizer
 from qat.sites.hooks import watching
 from qat.sites.insert import WeightSite, quantizers, switched_off, weights
 
-See = Callable[[str, Tensor], None]  # name of a site, its input as rows (G, n)
+Receive = Callable[[str, Tensor], None]  # name of a site, its input as rows (G, n)
 
 
 class PTQMethod(ABC):
-    """Fills the parameters of every quantizer of a model; it changes values, never structure."""
+    """Fills the parameters of quantizers, and may improve a model that is calibrated; it changes values, not structure.
 
-    # False: every rank gets the same values. Annotated as ClassVar, it would end jsonargparse's checks of options
+    Attributes:
+        single_device: it runs on one device; False where every rank comes to the same values.
+        changes_weights: it changes other parameters or buffers than those of quantizers too.
+        needs_gradients: `calibrate` runs with gradients enabled.
+    """
+
+    # Without an annotation: as ClassVar, they would end jsonargparse's checks of the options of a subclass.
     single_device = True
+    changes_weights = False
+    needs_gradients = False
 
     def __call__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Calibrate ``model`` on normalized images (B, 3, S, S) on its device; switches end as they were.
+        """Calibrate ``model``, in place, on normalized images (B, 3, S, S) on its device.
 
-        When it is interrupted, what was not calibrated before is not calibrated after.
+        Modes, ``requires_grad``, gradients and switches are put back. When it is interrupted, so are the values.
         """
-        fresh = [quantizer for _, quantizer in quantizers(model) if not quantizer.calibrated]
-        with undisturbed(model), torch.no_grad():
-            try:
-                self.calibrate(model, batches)
-            except BaseException:
-                for values in (values for q in fresh for values in (*q.parameters(), *q.buffers())):
-                    values.fill_(torch.nan)
-                raise
+        with (
+            undisturbed(model),
+            values_restored_on_error(model, self.changes_weights),
+            torch.set_grad_enabled(self.needs_gradients),
+        ):
+            self.calibrate(model, batches)
 
     @abstractmethod
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """The same, for a model in evaluation mode, without gradients; switches may be left in any position."""
+        """Do the work of a call, on a model in evaluation mode; switches may be left in any position."""
+
+    def wants(self, model: nn.Module) -> bool:
+        """Whether there is something to do; by default, while a quantizer is not calibrated."""
+        return any(not quantizer.calibrated for _, quantizer in quantizers(model))
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; then modes, ``requires_grad`` and switches of quantizers are as before."""
+    """Evaluation mode, with no ``grad``, inside the block; put back modes, ``requires_grad``, ``grad`` and switches."""
     training = [(module, module.training) for module in model.modules()]
-    learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    learning = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     enabled = [(quantizer, quantizer.enabled) for _, quantizer in quantizers(model)]
     try:
         model.eval()
+        for parameter, _, _ in learning:
+            parameter.grad = None
         yield
     finally:
         for module, before in training:
             module.training = before
-        for parameter, before in learning:
-            parameter.requires_grad_(before)
+        for parameter, required, grad in learning:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
         for quantizer, before in enabled:
             quantizer.enabled = before
 
 
+@contextmanager
+def values_restored_on_error(model: nn.Module, weights: bool) -> Iterator[None]:
+    """Put back, when the block fails, the values of all quantizers; with ``weights``, of the whole model.
+
+    The copies are on the device of the model: with ``weights``, it needs the memory of its weights once more.
+    """
+    holders = [model] if weights else [quantizer for _, quantizer in quantizers(model)]
+    tensors = [tensor for holder in holders for tensor in (*holder.parameters(), *holder.buffers())]
+    copies = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, copied in zip(tensors, copies, strict=True):
+                tensor.copy_(copied)
+        raise
+
+
 def uncalibrated(model: nn.Module) -> tuple[list[WeightSite], dict[str, Quantizer]]:
-    """The weights that are to be calibrated, and the activation sites by name; what is calibrated stays as it is."""
+    """The weights, and by name the activation sites, that are not calibrated yet."""
     todo = {name: quantizer for name, quantizer in quantizers(model) if not quantizer.calibrated}
     return (
         [site for site in weights(model) if site.name in todo],
@@ -70,20 +101,21 @@ def uncalibrated(model: nn.Module) -> tuple[list[WeightSite], dict[str, Quantize
     )
 
 
+@torch.no_grad()
 def stream(
-    model: nn.Module, batches: Iterable[Tensor], wanted: Mapping[str, Quantizer], see: See, shown: bool = True
+    model: nn.Module, batches: Iterable[Tensor], wanted: Mapping[str, Quantizer], receive: Receive, shown: bool = True
 ) -> None:
-    """Run the float model and hand over the input of every wanted site, batch after batch.
+    """Run the float model, without gradients, and hand over the input of every wanted site, batch after batch.
 
     Args:
         model: in evaluation mode; its quantizers are switched off meanwhile.
         batches: normalized images (B, 3, S, S); none is read when nothing is wanted.
         wanted: sites by name.
-        see: is called with a name and the values (G, n), float32, which may be a view of the model's tensor.
-        shown: whether progress is reported; only where the number of batches is known.
+        receive: is called with a name and the values (G, n), float32, which may be a view of the model's tensor.
+        shown: whether progress is reported; it is reported only where the number of batches is known.
 
     Raises:
-        QatError: a site that no image reaches.
+        QatError: no image reaches a wanted site.
     """
     if not wanted:
         return
@@ -91,7 +123,7 @@ def stream(
 
     def hand_over(name: str, args: tuple[Tensor, ...]) -> None:
         missing.pop(name, None)
-        see(name, wanted[name].grouped(args[0].float()))
+        receive(name, wanted[name].grouped(args[0].float()))
 
     total = len(batches) if isinstance(batches, Sized) else 0
     with (

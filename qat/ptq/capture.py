@@ -1,4 +1,4 @@
-"""What reaches the sites of one unit of a model. Shapes: B images of a batch."""
+"""Keeps the outputs of one unit of a model, and the tensors that reach its sites. Shapes: B images of a batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from qat.sites.hooks import watching
 def capture(
     unit: Unit, tensors: Iterable[Tensor], sites: Mapping[str, nn.Module], keep: Callable[[str, Tensor], Tensor]
 ) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """Run a unit on every batch: its outputs, and for every site that it reaches what is kept of the inputs.
+    """Run a unit on every batch; return its outputs and, by name of each site that it reaches, what was kept there.
+
+    A site that is visited more than once has an entry for each visit. Gradients are recorded where the caller enables
+    them.
 
     Args:
-        unit: its sites are switched on or off as they shall be.
+        unit: is run with its sites switched as they are.
         tensors: inputs of the unit (B, ...).
-        sites: quantized or float, by name; others than those of the unit may be among them.
-        keep: what to keep, from the name of a site and its input.
+        sites: quantized or float, by name; sites that the unit does not reach get no entry.
+        keep: from the name of a site and its input to what is kept of it.
     """
     found: dict[str, list[Tensor]] = {}
 

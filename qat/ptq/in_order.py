@@ -19,27 +19,31 @@ from qat.sites.family import Unit, family_of
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers
 
-Fit = Callable[[str, Quantizer, Tensor], None]  # name, quantizer, samples (G, n)
+CalibrateSite = Callable[[str, Quantizer, Tensor], None]  # name, quantizer, samples (G, n)
 
 
 class Reached(Exception):
-    """The forward has come to the site whose input is wanted."""
+    """Ends a forward at the last visit of the site whose inputs are wanted."""
 
 
-def fit_in_order(model: nn.Module, batches: Iterable[Tensor], fit: Fit, wanted: Iterable[str]) -> None:
-    """Fit activation sites one after the other and switch each on as soon as it is fitted.
+@torch.no_grad()
+def calibrate_in_order(
+    model: nn.Module, batches: Iterable[Tensor], calibrate_site: CalibrateSite, wanted: Iterable[str]
+) -> None:
+    """Calibrate activation sites one after the other and switch each on as soon as it is calibrated.
 
     The model is walked unit by unit; only the inputs of one unit, and the tensor of one site, are kept for all batches,
-    so a unit is run again, up to the site, for each of its sites.
+    so a unit is run again, up to the site, for each of its sites. A site that a unit visits more than once is
+    calibrated on the tensors of all visits; wanted sites between two visits are still off then.
 
     Args:
         model: in evaluation mode; the weights that are to be quantized are calibrated.
         batches: normalized images (B, 3, S, S).
-        fit: called once for every wanted site, with all values of its tensor.
-        wanted: names of activation sites; they are switched off first. Others are left as they are.
+        calibrate_site: called once for every wanted site, with all values of its tensor.
+        wanted: names of activation sites, which are switched off first. Other sites are left as they are.
 
     Raises:
-        QatError: a wanted site is in no unit.
+        QatError: no unit reaches a wanted site.
     """
     waiting = set(wanted)
     sites = {name: quantizer for name, quantizer in quantizers(model) if name in waiting}
@@ -50,7 +54,7 @@ def fit_in_order(model: nn.Module, batches: Iterable[Tensor], fit: Fit, wanted: 
         for unit in family_of(model).units(model):
             for name, visits in _visits(unit, tensors[0], sites).items():
                 quantizer = sites[name]
-                fit(name, quantizer, _inputs(unit, tensors, name, quantizer, visits))
+                calibrate_site(name, quantizer, _inputs(unit, tensors, name, quantizer, visits))
                 quantizer.enabled = True
                 waiting.discard(name)
                 progress.advance(1)
@@ -60,7 +64,7 @@ def fit_in_order(model: nn.Module, batches: Iterable[Tensor], fit: Fit, wanted: 
 
 
 def _visits(unit: Unit, x: Tensor, sites: dict[str, Quantizer]) -> Counter[str]:
-    """How often a unit reaches each site, in the order in which it first does; one image tells."""
+    """How often a unit reaches each site, in the order in which it first reaches them, measured on one image."""
     seen: Counter[str] = Counter()
     with watching(sites, before=lambda name, _: seen.update([name])):
         unit.run(x[:1])

@@ -1,4 +1,4 @@
-"""The plain method: every quantizer starts from samples of its own tensor. G groups, n samples in a group."""
+"""The default method: every quantizer starts from samples of its own tensor."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qat.ptq.running_range import Samples
 
 @dataclass
 class InitSteps(PTQMethod):
-    """Weights first, then activations of the float model, each by the ``init`` that its spec names.
+    """Weights, then activations of the float model, start by the ``init`` that their spec names.
 
     Args:
         samples: values kept per activation site, group and batch.
-        seed: of the draw.
+        seed: seeds the draw of these values.
     """
 
     samples: int = 100_000
@@ -27,12 +27,12 @@ class InitSteps(PTQMethod):
     single_device = False
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Calibrate every site that is not calibrated yet; QatError for a site that no image reaches."""
+        """Calibrate every site that is not calibrated yet; QatError if no image reaches one of them."""
         weights, activations = uncalibrated(model)
         for _, weight, quantizer in weights:
             quantizer.init_from(quantizer.grouped(weight.float()))
         generator = torch.Generator().manual_seed(self.seed)
         seen = {name: Samples(self.samples, generator) for name in activations}
-        stream(model, batches, activations, lambda name, rows: seen[name].see(rows), shown=False)  # every rank does it
+        stream(model, batches, activations, lambda name, rows: seen[name].update(rows), shown=False)  # on every rank
         for name, quantizer in activations.items():
             quantizer.init_from(seen.pop(name).joined())

@@ -1,4 +1,4 @@
-"""Moves scales between a LayerNorm and the layer that reads it, without changing the function of the two.
+"""Moves scales between a LayerNorm and the layer that reads it, without changing what they compute together.
 
 For y = gamma * x + beta, read by W y + b, and any ratio r > 0 and shift t per channel (RepQ-ViT, equations 5 to 8)::
 
@@ -26,7 +26,7 @@ TOLERANCE = 1e-4  # relative; the rewrite is exact but for rounding in float32
 
 @torch.no_grad()
 def fold(model: nn.Module, link: NormLink, ratio: Tensor, shift: Tensor) -> None:
-    """Make the output of a norm (y + shift) / ratio, both (C,), and its reader undo it; in float64, in place."""
+    """Change the output y of a norm to (y + shift) / ratio, both (C,), and its reader to undo that; in float64."""
     assert link.linear is not None
     norm: Any = model.get_submodule(link.norm)
     linear: Any = model.get_submodule(link.linear)
@@ -40,7 +40,7 @@ def fold(model: nn.Module, link: NormLink, ratio: Tensor, shift: Tensor) -> None
 
 @contextmanager
 def same_function(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Check that what is done inside the block leaves the float model as it was.
+    """Check that the float model computes the same before and after the block.
 
     Raises:
         QatError: the logits of ``images`` (B, 3, S, S) have changed by more than `TOLERANCE`, relative to their norm.
@@ -57,7 +57,7 @@ def same_function(model: nn.Module, images: Tensor) -> Iterator[None]:
 
 
 def check_rewrites(model: nn.Module, links: Iterable[NormLink], images: Tensor) -> None:
-    """Raise QatError, before any work, for a norm that is read elsewhere too; tried on a copy of the model."""
+    """Raise QatError for a norm that has another reader too; found by rewriting a copy of the model."""
     trial = copy.deepcopy(model)
     with same_function(trial, images):
         for link in links:

@@ -1,4 +1,4 @@
-"""Calibration by observers, the baselines of FQ-ViT: a range for every site, from one pass of the float model."""
+"""Calibration by observers, the baselines of FQ-ViT: one pass of the float model gives every site its range."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.progress import Progress
 from qat.ptq.base import PTQMethod, raise_unless_calibrated, stream, uncalibrated
-from qat.ptq.running_range import Kind, running_range_for
-from qat.ptq.search import fit_
+from qat.ptq.running_range import Observer, running_range_for
+from qat.ptq.search import calibrate_
 
 
 @dataclass
 class Observe(PTQMethod):
-    """Weights by their smallest and largest value, whatever the observer; activations by what it sees.
+    """Weights get the range of all their values, whatever the observer; activations the range that it follows.
 
     Args:
         observer: ``minmax``: the range of all batches. ``ema``: a moving average of the ranges of the batches.
-            ``percentile``: the same of the quantiles 0.00001 and 0.99999. ``omse``: the min-max range, shrunk to the
-            least squared error.
-        samples: values kept per activation site and batch, for a search or a kind of quantizer that needs them.
-        seed: of their draw.
+            ``percentile``: a moving average of the quantiles 0.00001 and 0.99999. ``omse``: the min-max range, shrunk
+            to the least squared error.
+        samples: values kept per activation site and batch, where a search or a quantizer needs them.
+        seed: seeds the draw of these values.
     """
 
-    observer: Kind = "minmax"
+    observer: Observer = "minmax"
     samples: int = 100_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.observer not in get_args(Kind):
-            raise QatError(f"observer is {self.observer!r}: choose from {', '.join(get_args(Kind))}")
+        if self.observer not in get_args(Observer):
+            raise QatError(f"observer is {self.observer!r}: choose from {', '.join(get_args(Observer))}")
         if self.samples < 1:
             raise QatError(f"samples is {self.samples}: keep at least 1 value of each batch")
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Calibrate every site that is not calibrated yet; QatError for a site that no image reaches."""
+        """Calibrate every site that is not calibrated yet; QatError if no image reaches one of them."""
         weights, activations = uncalibrated(model)
         for name, weight, quantizer in weights:
-            fit_(quantizer, quantizer.grouped(weight.float()))
+            calibrate_(quantizer, quantizer.grouped(weight.float()))
             raise_unless_calibrated(name, quantizer)
         ranges = {
             name: running_range_for(quantizer, self.observer, self.samples, self.seed)
             for name, quantizer in activations.items()
         }
-        stream(model, batches, activations, lambda name, rows: ranges[name].see(rows))
+        stream(model, batches, activations, lambda name, rows: ranges[name].update(rows))
         with Progress("calibrated sites", len(activations), shown=bool(activations)) as progress:
             for name, quantizer in activations.items():
-                ranges.pop(name).fit_()
+                ranges.pop(name).calibrate_()
                 raise_unless_calibrated(name, quantizer)
                 progress.advance(1)

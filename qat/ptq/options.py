@@ -1,4 +1,4 @@
-"""The options of a calibration: what stands under ``calibration`` in a config. Nothing here loads Lightning."""
+"""The options under ``calibration`` in a config. Importing this loads no Lightning."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from qat.ptq.base import PTQMethod
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How the quantizers are filled before training, validation or prediction.
+    """Calibration before training, validation or prediction.
 
     Args:
-        method: how the quantizers are filled; InitSteps, each by the init that its spec names, when null.
-        images: training images, with the evaluation transform.
+        method: how quantizers are calibrated; null is InitSteps, which starts each by the init that its spec names.
+        images: number of training images, which get the evaluation transform.
         batch_size: images in one forward.
-        seed: which images.
+        seed: seeds the choice of the images.
     """
 
     method: PTQMethod | None = None

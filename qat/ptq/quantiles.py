@@ -2,7 +2,7 @@
 
 `torch.quantile` refuses more than 2**24 values and sorts all of them. Calibration asks for shares near 0 and 1, so the
 few values beyond a threshold are enough: a random sample gives the threshold, one pass finds the values, and a count
-proves that none is missing. The sample decides how long it takes, never the result.
+proves that none is missing. The sample decides how long this takes, never the result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 SHORT = 2**16  # up to here topk is as fast
 SAMPLE = 2**16  # values of a long row that place its threshold
-TAIL = 16  # a tail is at most this part of a row; between the tails every rank costs a selection
+TAIL = 16  # a tail is at most 1 / TAIL of a row; between the tails every rank costs a selection
 
 
 def quantiles(x: Tensor, shares: Sequence[float]) -> Tensor:
@@ -59,7 +59,7 @@ def outermost(x: Tensor, k: int, largest: bool) -> Tensor:
 
 
 def _threshold(x: Tensor, k: int, largest: bool) -> Tensor:
-    """A value (G, 1) that somewhat more than k values of the row lie beyond; six deviations leave few rows short."""
+    """A value (G, 1) beyond which lie more than k values of nearly every row: six standard deviations more."""
     n = x.shape[1]
     size = min(SAMPLE, n // TAIL)
     expected = size * k / n

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.progress import Progress
 from qat.ptq.base import PTQMethod, uncalibrated
-from qat.ptq.in_order import fit_in_order
+from qat.ptq.in_order import calibrate_in_order
 from qat.ptq.norms import check_rewrites, fold, same_function
-from qat.ptq.search import PERCENTILES, fit_percentile_
+from qat.ptq.search import PERCENTILES, calibrate_by_percentiles_
 from qat.quantizers import Layout, Quantizer, UniformQuantizer
 from qat.sites.family import NormLink, family_of
 from qat.sites.insert import WeightSite, weight_sites
@@ -30,48 +30,51 @@ CHECKED = 8  # images on which the float function is compared before and after
 
 @dataclass
 class RepQViT(PTQMethod):
-    """Fills the recipes repq_vit and bitlog2_*; every site gets the percentile range with the least squared error.
+    """Fills the recipes repq_vit and bitlog2_*: every site gets the percentile range with the least squared error.
 
     Args:
-        shares: quantiles that are tried as the upper end of a range, and their complements as the lower one.
+        shares: quantiles that are tried as the upper end of a range; the lower end is the quantile 1 - share.
     """
 
     shares: Sequence[float] = PERCENTILES
+
+    changes_weights = True
 
     def __post_init__(self) -> None:
         if not self.shares or not all(0.5 < share <= 1 for share in self.shares):
             raise QatError(f"shares is {list(self.shares)}: give quantiles above 0.5 and at most 1, such as 0.999")
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Weights, then activations in the order of the network, then the fold and the folded weights once more."""
+        """Calibrate weights, then activations in the order of the network; fold, and calibrate folded weights again."""
         links = self._links(model)
         images = list(batches)
         check_rewrites(model, links, images[0][:CHECKED])
         weights, activations = uncalibrated(model)
         with Progress("weights", len(weights), shown=bool(weights)) as progress:
             for site in weights:
-                self._fit_weight(site)
+                self._calibrate_weight(site)
                 progress.advance(1)
         with channel_wise(model, links) as channels:
-            fit_in_order(model, images, self._fit, activations)
+            calibrate_in_order(model, images, self._calibrate_site, activations)
         with same_function(model, images[0][:CHECKED]):
             for link in links:
                 reparameterize(model, link, channels[link.norm])
         folded = {f"{link.linear}.weight_quant" for link in links}
         for site in weight_sites(model) if weights else ():
             if site.name in folded:
-                self._fit_weight(site)
+                self._calibrate_weight(site)
 
-    def _fit_weight(self, site: WeightSite) -> None:
-        self._fit(site.name, site.quantizer, site.quantizer.grouped(site.weight.float()))
+    def _calibrate_weight(self, site: WeightSite) -> None:
+        self._calibrate_site(site.name, site.quantizer, site.quantizer.grouped(site.weight.float()))
 
-    def _fit(self, name: str, quantizer: Quantizer, samples: Tensor) -> None:
-        fit_percentile_(quantizer, samples, self.shares)
+    def _calibrate_site(self, name: str, quantizer: Quantizer, samples: Tensor) -> None:
+        calibrate_by_percentiles_(quantizer, samples, self.shares)
 
     def _links(self, model: nn.Module) -> list[NormLink]:
-        """The LayerNorms to rewrite; QatError for a recipe without a zero point behind one of them.
+        """The LayerNorms to rewrite: those whose reader is not calibrated yet.
 
-        Where the reader is calibrated already, nothing may change any more.
+        Raises:
+            QatError: a reader has no input quantizer with a single zero point.
         """
         links = []
         for link in family_of(model).norm_links(model):
@@ -91,7 +94,7 @@ class RepQViT(PTQMethod):
 
 @contextmanager
 def channel_wise(model: nn.Module, links: Iterable[NormLink]) -> Iterator[dict[str, UniformQuantizer]]:
-    """Quantizers per channel, by the name of the norm, in place of those behind the norms, inside the block."""
+    """Put, inside the block, quantizers per channel behind the norms; yield them by the name of the norm."""
     readers = {link.norm: model.get_submodule(cast(str, link.linear)) for link in links}
     kept = {norm: cast(UniformQuantizer, linear.input_quant) for norm, linear in readers.items()}
     try:
@@ -105,13 +108,16 @@ def channel_wise(model: nn.Module, links: Iterable[NormLink]) -> Iterator[dict[s
 
 
 def _per_channel(quantizer: UniformQuantizer, channels: int) -> UniformQuantizer:
-    """The same codes with a step and a zero point for each channel."""
+    """A quantizer with the same codes that has a step and a zero point for each channel."""
     return quantizer.spec.per_channel().build(Layout(-1, channels, batched=True)).to(quantizer.step.device)
 
 
 @torch.no_grad()
 def reparameterize(model: nn.Module, link: NormLink, channels: UniformQuantizer) -> None:
-    """Fold scales and zero points (C,) of the output of a norm into it and its reader; one of each is left."""
+    """Fold scales and zero points (C,) of the output of a norm into the norm and its reader.
+
+    The quantizer of the reader gets the means that are left (equations 5 to 8 of RepQ-ViT).
+    """
     site = cast(UniformQuantizer, model.get_submodule(f"{link.linear}.input_quant"))
     step, zero = channels.step.double(), channels.zero_point.double()
     mean_step, mean_zero = site.set_affine_(step.mean(), zero.mean())

@@ -1,7 +1,7 @@
 """Searches for the range of a quantizer with the least error on its own tensor.
 
-Shapes: K candidates, G groups that share a step, n values in a group. Candidates and groups are tried together, as
-K * G groups of one trial quantizer, block by block so that what is computed stays in the cache.
+Candidates and groups are tried together, as K * G groups of one trial quantizer, and in blocks that stay in the cache.
+Shapes: K candidates, G groups that share a step, n values in a group.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from qat.quantizers import Quantizer
 from qat.quantizers.spec import Table
 
 Ranges = tuple[Tensor, Tensor]  # low and high, both (K, G) or both (G,)
-Candidates = Callable[[Tensor], Ranges]  # samples (G, n) -> low, high (K, G)
+Propose = Callable[[Tensor], Ranges]  # samples (G, n) -> low and high of K candidates (K, G)
 
-PERCENTILES = (0.999, 0.9999, 0.99999)  # RepQ-ViT, in its order
-OMSE = tuple(1 - 0.01 * i for i in range(90))  # released FQ-ViT
-MSE_1D = tuple(1 - 0.01 * i for i in range(80))  # BRECQ, 1.00 to 0.21, with the error to the power 2.4
-BLOCK = {"cpu": 2**20}  # values computed at once, by kind of device; one pass must not leave the cache
-OTHER_BLOCK = 2**24  # accelerators: enough work for one kernel
-COLUMNS = 1024  # at least; shorter rows are slow
+PERCENTILES = (0.999, 0.9999, 0.99999)  # of RepQ-ViT, in its order
+OMSE_FACTORS = tuple(1 - 0.01 * i for i in range(90))  # of released FQ-ViT: 1.00 to 0.11
+BRECQ_FACTORS = tuple(1 - 0.01 * i for i in range(80))  # of BRECQ: 1.00 to 0.21, with the error to the power 2.4
+BLOCK = {"cpu": 2**20}  # values computed at once, by type of device; they must stay in the cache
+OTHER_BLOCK = 2**24  # values computed at once on accelerators: enough work for one kernel
+COLUMNS = 1024  # the least number of columns of a block; shorter rows are slow
 
 
-def full(samples: Tensor) -> Ranges:
-    """One candidate: the smallest and the largest value of each group."""
+def extremes(samples: Tensor) -> Ranges:
+    """One candidate: from the smallest to the largest value of each group."""
     return samples.amin(1)[None], samples.amax(1)[None]
 
 
@@ -39,8 +39,8 @@ def percentiles(samples: Tensor, shares: Sequence[float] = PERCENTILES) -> Range
 
 def shrunk(low: Tensor, high: Tensor, factors: Sequence[float]) -> Ranges:
     """A candidate for each factor: both ends (G,) times the factor."""
-    shares = torch.tensor(factors, dtype=low.dtype, device=low.device)[:, None]
-    return low * shares, high * shares
+    column = torch.tensor(factors, dtype=low.dtype, device=low.device)[:, None]
+    return low * column, high * column
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def errors(quantizer: Quantizer, samples: Tensor, table: Table, power: float = 2
     """The mean of |x - q(x)|**power over each group, (K, G), for each row of a table of parameters.
 
     Args:
-        quantizer: maps every value by itself; it is not changed.
+        quantizer: maps each value independently of the others; it is not changed.
         samples: the values (G, n).
         table: candidates (K, G) for its parameters, by name.
         power: 2 is the squared error.
@@ -67,13 +67,13 @@ def _errors(trial: Quantizer, samples: Tensor, power: float, columns: int) -> Te
     candidates = trial.layout.groups // groups
     total = torch.zeros(candidates * groups, dtype=torch.float64, device=samples.device)
     for part in samples.split(columns, dim=1):
-        x = part.expand(candidates, -1, -1).reshape(candidates * groups, -1)  # of a single group: no copy
+        x = part.expand(candidates, -1, -1).reshape(candidates * groups, -1)  # no copy where there is a single group
         total += (trial(x) - x).abs_().pow_(power).sum(1)
     return total.view(candidates, groups) / samples.shape[1]
 
 
 def range_errors(quantizer: Quantizer, samples: Tensor, low: Tensor, high: Tensor, power: float = 2.0) -> Tensor:
-    """The errors (K, G) of the ranges low..high (K, G), on the grid that stands for the quantizer in a search."""
+    """The errors (K, G) of the ranges low..high (K, G), by `Spec.search_grid` of the quantizer."""
     grid = quantizer.spec.search_grid.build(quantizer.layout).to(samples.device)
     return errors(grid, samples, grid.from_range(low, high), power)
 
@@ -88,16 +88,16 @@ def best_range(quantizer: Quantizer, samples: Tensor, low: Tensor, high: Tensor,
 
 
 @torch.no_grad()
-def fit_(quantizer: Quantizer, samples: Tensor, how: Candidates = full, power: float = 2.0) -> None:
-    """Choose the parameters from samples (G, n), by the best of the ranges ``how`` offers where there is a range."""
+def calibrate_(quantizer: Quantizer, samples: Tensor, propose: Propose = extremes, power: float = 2.0) -> None:
+    """Choose the parameters from samples (G, n): by the best of the proposed ranges, if the quantizer has a range."""
     if not quantizer.ranged:
         quantizer.init_from(samples)
         return
-    how = full if quantizer.refines else how
-    quantizer.set_range_(*best_range(quantizer, samples, *how(samples), power))
+    propose = extremes if quantizer.refines else propose
+    quantizer.set_range_(*best_range(quantizer, samples, *propose(samples), power))
     quantizer.refine_(samples)
 
 
-def fit_percentile_(quantizer: Quantizer, samples: Tensor, shares: Sequence[float] = PERCENTILES) -> None:
-    """Choose the parameters from samples (G, n), by the percentile range with the least squared error (RepQ-ViT)."""
-    fit_(quantizer, samples, lambda values: percentiles(values, shares))
+def calibrate_by_percentiles_(quantizer: Quantizer, samples: Tensor, shares: Sequence[float] = PERCENTILES) -> None:
+    """Choose the parameters from samples (G, n): by the percentile range with the least squared error (RepQ-ViT)."""
+    calibrate_(quantizer, samples, lambda values: percentiles(values, shares))

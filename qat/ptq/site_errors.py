@@ -1,4 +1,4 @@
-"""Where the error of a quantized model sits: the signal-to-noise ratio of every site, in decibels."""
+"""The signal-to-noise ratio of every site of a quantized model, in decibels."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from qat.sites.insert import quantizers
 def site_errors(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
     """10 log10(signal / noise) of every quantized site, by name, in the order of the network.
 
-    The signal is the sum of squares of what a quantizer approximates, in the model with all quantizers on; the noise is
-    that of its error. A site without any error is left out: its ratio is infinite.
+    Signal and noise are sums of squares: of the tensor that a quantizer approximates, and of its error, in the model
+    with its quantizers as they are switched. A site without error is left out: its ratio is infinite.
 
     Args:
         model: calibrated.

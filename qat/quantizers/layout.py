@@ -30,7 +30,7 @@ class Layout:
             return values
         shape = [1] * x.ndim
         shape[self.axis] = x.shape[self.axis]
-        return values.repeat_interleave(x.shape[self.axis] // self.groups).view(shape)
+        return values[:, None].expand(-1, x.shape[self.axis] // self.groups).reshape(shape)  # a view for a single value
 
     def grouped(self, x: Tensor) -> Tensor:
         """The values of each group as a row (G, n)."""

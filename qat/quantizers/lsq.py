@@ -79,12 +79,12 @@ class LSQQuantizer(Quantizer):
 
     spec: LSQ
     ranged = True
+    compilable = True
     even_grid = True
 
     def __init__(self, spec: LSQ, layout: Layout) -> None:
         super().__init__(spec, layout)
         self.qmin, self.qmax = spec.qmin, spec.qmax
-        self.compiled = False
         self.offset = nn.Parameter(torch.full((layout.groups,), torch.nan)) if spec.offset else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,9 +93,8 @@ class LSQQuantizer(Quantizer):
             return x
         step = self.view(self.step, x)
         offset = None if self.offset is None else self.view(self.offset, x)
-        how = kernels.compiled() if self.compiled else kernels.EAGER
         gain = self.gain(x) if torch.is_grad_enabled() and self.step.requires_grad else 1.0
-        out: Tensor = FakeQuantize.apply(x, step, offset, gain, (self.qmin, self.qmax), how)
+        out: Tensor = FakeQuantize.apply(x, step, offset, gain, (self.qmin, self.qmax), self.kernels(x))
         return out
 
     @torch.no_grad()
@@ -112,11 +111,6 @@ class LSQQuantizer(Quantizer):
         """Values, float32, of codes in the shape of the tensor they came from."""
         values = codes.to(self.step.dtype) * self.view(self.step, codes)
         return values if self.offset is None else values + self.view(self.offset, codes)
-
-    def compile_(self) -> bool:
-        """Use compiled arithmetic from now on."""
-        self.compiled = True
-        return True
 
     def affine(self) -> Affine | None:
         """The step and a zero point of zero; None with an offset, which is no whole number of steps."""

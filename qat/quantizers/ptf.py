@@ -63,6 +63,7 @@ class PTFQuantizer(Quantizer):
     zero_point: Tensor
     shift: Tensor
     ranged = True
+    compilable = True
     refines = True
 
     def __init__(self, spec: PTF, layout: Layout) -> None:
@@ -78,7 +79,8 @@ class PTFQuantizer(Quantizer):
         learns = torch.is_grad_enabled() and self.step.requires_grad
         gain = self.gain(x) if learns else 1.0
         step = self.view(self.channel_step, x)
-        out: Tensor = FakeQuantize.apply(x, step, None, gain, self.bounds, kernels.EAGER)
+        bounds = [kernels.number(bound) for bound in self.bounds]
+        out: Tensor = FakeQuantize.apply(x, step, None, gain, bounds, self.kernels(x))
         return out
 
     @property

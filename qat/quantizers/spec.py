@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
+from qat.quantizers import kernels
+from qat.quantizers.kernels import Kernels
 from qat.quantizers.layout import Granularity, Layout
 
 Width = Literal["w_bits", "a_bits"]
@@ -112,9 +114,11 @@ class Spec:
 
 
 class Affine(NamedTuple):
-    """Codes that are ``clip(round(x / scale) + zero_point, qmin, qmax)`` and stand for ``(code - zero_point) * scale``.
+    """What codes stand for where they are an affine function of a value.
 
-    Scale and zero point have one value per group (G,), along ``axis``; None: one for the whole tensor.
+    A value x has the code ``clip(round(x / scale) + zero_point, qmin, qmax)``, which stands for
+    ``(code - zero_point) * scale``. Scale and zero point have one value per group (G,): G equal, contiguous pieces
+    along ``axis``. Where ``axis`` is None, one scale and one zero point (1,) hold for the whole tensor.
     """
 
     scale: Tensor
@@ -139,6 +143,7 @@ class Quantizer(nn.Module, ABC):
             is False, the output is kept.
         replaces_softmax: it is given scores and a mask, and its values are probabilities.
         reads_integers: it needs the integers of what the LayerNorm before it reads.
+        compilable: it has compiled arithmetic, which `compile_` chooses.
         even_grid: codes are ``round(clip(scaled(x), qmin, qmax))``: it has ``scaled``, ``qmin``, ``qmax``, ``offset``.
         smallest_step: the limit that `project_` keeps.
 
@@ -152,6 +157,7 @@ class Quantizer(nn.Module, ABC):
     deterministic: ClassVar[bool] = True
     replaces_softmax: ClassVar[bool] = False
     reads_integers: ClassVar[bool] = False
+    compilable: ClassVar[bool] = False
     even_grid: ClassVar[bool] = False
     smallest_step: ClassVar[float] = MIN_STEP
 
@@ -160,6 +166,7 @@ class Quantizer(nn.Module, ABC):
         self.spec = spec
         self.layout = layout
         self.enabled = True
+        self.compiled = False
         self.step = nn.Parameter(torch.full((layout.groups,), torch.nan))
 
     @abstractmethod
@@ -218,7 +225,12 @@ class Quantizer(nn.Module, ABC):
 
     def compile_(self) -> bool:
         """Use compiled arithmetic from now on; False for a quantizer that has none and stays as it is."""
-        return False
+        self.compiled = self.compilable
+        return self.compilable
+
+    def kernels(self, x: Tensor) -> Kernels:
+        """The arithmetic of the grid for ``x``; QatError where it is to be compiled and cannot be."""
+        return kernels.compiled(x.device.type) if self.compiled else kernels.EAGER
 
     @property
     def top(self) -> int:

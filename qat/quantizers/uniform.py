@@ -95,6 +95,7 @@ class UniformQuantizer(Quantizer):
     spec: Uniform
     zero_point: Tensor
     ranged = True
+    compilable = True
 
     def __init__(self, spec: Uniform, layout: Layout) -> None:
         super().__init__(spec, layout)
@@ -106,14 +107,12 @@ class UniformQuantizer(Quantizer):
             return x
         learns = torch.is_grad_enabled() and self.step.requires_grad
         gain = self.gain(x) if learns else 1.0
-        out: Tensor = FakeQuantize.apply(x, self.view(self.step, x), None, gain, self.bounds(x), kernels.EAGER)
+        out: Tensor = FakeQuantize.apply(x, self.view(self.step, x), None, gain, self.bounds(x), self.kernels(x))
         return out
 
     def bounds(self, x: Tensor) -> tuple[Bound, Bound]:
         """The ends of code - zero, shaped to broadcast over ``x``."""
-        zero: Bound = self.view(self.zero_point, x)
-        if zero.numel() == 1 and zero.device.type == "cpu" and not torch.compiler.is_compiling():
-            zero = float(zero)  # a clamp between numbers takes half the time of one between tensors
+        zero = kernels.number(self.view(self.zero_point, x))
         return self.spec.qmin - zero, self.spec.qmin + self.spec.steps - zero
 
     def encode(self, x: Tensor) -> Tensor:
@@ -165,6 +164,8 @@ class UniformQuantizer(Quantizer):
 
 class FractionalQuantizer(UniformQuantizer):
     """The grid of a zero point that is no integer: code 0 and the last code stand for the two ends, off the grid."""
+
+    compilable = False  # the compiled arithmetic clips before it rounds
 
     def forward(self, x: Tensor) -> Tensor:
         """As `UniformQuantizer.forward`, rounded before it is clipped."""

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, its checkpoints, its metrics."""
+"""The files of a run: its folder, its checkpoints, its metrics."""

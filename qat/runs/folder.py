@@ -27,17 +27,17 @@ def fresh_folder(parent: Path) -> Path:
         except OSError as error:
             raise QatError(f"--runs: cannot create {parent / date}: {error.strerror}") from None
         return parent / (date + suffix)
-    raise QatError(f"--runs: {parent} has a hundred runs of this second")
+    raise QatError(f"--runs: {parent} has 99 runs that were started in this second")
 
 
 def last_folder(parent: Path) -> Path:
-    """The newest run below ``parent``; QatError if there is none, or if it has no last.ckpt to go on from.
+    """The newest run below ``parent``; QatError if there is none, or if it has no last.ckpt to resume from.
 
-    A folder without a config is of a command that was refused before it began.
+    A folder without a config does not count: its command was refused before training started.
     """
     folders = sorted(path.parent for path in parent.glob("*/config.yaml"))
     if not folders:
-        raise QatError(f"--ckpt last: no run in {parent} to go on with; leave --ckpt out to start")
+        raise QatError(f"--ckpt last: no run in {parent} to resume; leave --ckpt out to start")
     if not (folders[-1] / LAST).is_file():
         raise QatError(
             f"--ckpt last: the newest run, {folders[-1]}, ended before its first {LAST}; leave --ckpt out to start "
@@ -47,13 +47,13 @@ def last_folder(parent: Path) -> Path:
 
 
 def config_name(folder: Path) -> str:
-    """config.yaml for the first process of a run, config_2.yaml for the one that goes on, and so forth."""
+    """config.yaml for the first start of a run, config_2.yaml when it is resumed, and so forth."""
     names = ("config.yaml", *(f"config_{n}.yaml" for n in range(2, 10_000)))
     return next(name for name in names if not (folder / name).exists())
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside the old one and then takes its place, so that a complete one is always there."""
+    """Writes a new checkpoint beside the old one and then replaces it, so that there is always a complete one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write, flush to the disk, rename."""

@@ -1,4 +1,4 @@
-"""metrics.csv of a run, which survives a killed process."""
+"""A logger that writes metrics.csv and loses nothing when a run is killed and resumed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class MetricsFile(Logger):
-    """metrics.csv: one line per entry, a column per metric; a resumed run goes on where its checkpoint was taken.
+    """metrics.csv: one line per entry, one column per metric.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         flush_every: entries that are kept in memory before they are written.
     """
 
@@ -28,7 +28,7 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """The name of the run."""
         return self.folder.parent.name
 
     @property
@@ -43,18 +43,18 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the config of the run lies beside."""
+        """Do nothing: the config of the run is in the same folder."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add an entry."""
+        """Add an entry; it is written with the next `save`."""
         self._pending.append({**metrics, "step": step})
         if len(self._pending) >= self.flush_every:
             self.save()
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what is pending; a new column makes the file anew."""
+        """Append the pending entries; the file is rewritten where they bring a new column."""
         if not self._pending:
             return
         new = sorted({name for entry in self._pending for name in entry} - set(self._columns))
@@ -69,12 +69,12 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is pending."""
+        """Write the pending entries."""
         self.save()
 
     @rank_zero_only
     def keep(self, rows: int) -> None:
-        """Go on with the first ``rows`` entries of the file; what came after its checkpoint will come again."""
+        """Keep the first ``rows`` entries of the file: a resumed run logs those after its checkpoint again."""
         entries = self._read()[:rows]
         self._columns, self.rows = list(entries[0]) if entries else [], len(entries)
         self._rewrite(entries)

@@ -1,4 +1,4 @@
-"""What is quantized and what it costs: the resolved table of sites, the size of the weights, the bit operations."""
+"""Which sites are quantized, and what the model costs: size of the weights and bit operations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One site of the table."""
+    """A line of the table."""
 
     site: str
     quantizer: str
@@ -39,7 +39,7 @@ class SiteRow:
 
 
 class Cost(NamedTuple):
-    """Cost of one model."""
+    """Size and work of one model."""
 
     size_mb: float  # every parameter, weights packed at their width, the rest in float32; 1 MB = 10**6 bytes
     float_size_mb: float
@@ -48,7 +48,12 @@ class Cost(NamedTuple):
 
 
 def describe(model: nn.Module, snr_db: Mapping[str, float] | None = None) -> list[SiteRow]:
-    """Every site of a model, quantized or not, in the order of the module tree; with its error, where it is known."""
+    """Every site of a model, quantized or not, in the order of the module tree.
+
+    Args:
+        model: quantized.
+        snr_db: signal-to-noise ratios by name of the site, from `qat.ptq.site_errors`.
+    """
     errors = snr_db or {}
     return [replace(_row(name, module), snr_db=errors.get(name)) for name, module in sites(model)]
 
@@ -70,7 +75,7 @@ def _row(name: str, module: nn.Module) -> SiteRow:
 
 
 def summary(model: nn.Module) -> str:
-    """One line: how many weight and activation sites have which width, and which have more levels than it allows."""
+    """One line: how many sites have which width, and which have more levels than their width allows."""
     counts: dict[str, Counter[tuple[int, int]]] = {"weights": Counter(), "activations": Counter()}
     for _, module in quantizers(model):
         key = (module.spec.width, max(0, module.spec.levels - 2**module.spec.width))
@@ -104,7 +109,9 @@ def cost(model: nn.Module, size: int) -> Cost:
     widths = {f"{name.removesuffix('_quant')}": q.spec.width for name, q in quantizers(model) if not q.layout.batched}
     stored = sum(p.numel() * widths.get(name, FLOAT_BITS) for name, p in model.named_parameters())
     stored += FLOAT_BITS * sum(b.numel() for _, q in quantizers(model) for b in q.buffers())  # zero points
-    born = [m.bias for m in modules.values() if getattr(m, "born_bias", False)]  # by calibration, where it used them
+    born = [
+        m.bias for m in modules.values() if getattr(m, "born_bias", False)
+    ]  # zeros unless calibration has filled them
     stored += FLOAT_BITS * sum(bias.numel() for bias in born if not bias.is_meta and bias.any())
     steps = sum(p.numel() for _, q in quantizers(model) for p in q.parameters())
     parameters = sum(p.numel() for p in model.parameters()) - steps
@@ -112,7 +119,7 @@ def cost(model: nn.Module, size: int) -> Cost:
 
 
 def _input_shapes(model: nn.Module, size: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and input shape of every application, for one image, of a module that states its products."""
+    """Name and input shape, for one image, of every call of a module that states its products."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
     multiplying = {name: module for name, module in model.named_modules() if hasattr(module, "products")}
     training, reference = model.training, next(model.parameters())
@@ -133,7 +140,7 @@ def _bits(module: nn.Module) -> int:
 
 
 def write_csv(rows: list[SiteRow], path: Path) -> None:
-    """The whole table, one line per site."""
+    """Write the whole table, one line per site."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(SiteRow)])
         writer.writeheader()
@@ -146,7 +153,7 @@ def as_table(rows: list[SiteRow], full: bool = False) -> Table:
     table.add_column("site", overflow="fold")
     for column in ("n", "spec", "levels", "range", "steps", "ready"):
         table.add_column(column, justify="right" if column in ("n", "levels") else "left", no_wrap=True)
-    for name, count, row in [(row.site, 1, row) for row in rows] if full else list(_folded(rows)):
+    for name, count, row in [(row.site, 1, row) for row in rows] if full else list(_merged(rows)):
         if row.quantizer == "float":
             table.add_row(name, str(count), "float", style="dim")
             continue
@@ -156,8 +163,8 @@ def as_table(rows: list[SiteRow], full: bool = False) -> Table:
     return table
 
 
-def _folded(rows: list[SiteRow]) -> Iterator[tuple[str, int, SiteRow]]:
-    """(name with block numbers as *, how many, an example), grouped by everything but the numbers."""
+def _merged(rows: list[SiteRow]) -> Iterator[tuple[str, int, SiteRow]]:
+    """Sites that differ only in their block number: name with * for the number, how many, and the first of them."""
     groups: dict[tuple[Any, ...], list[SiteRow]] = {}
     for row in rows:
         pattern = re.sub(r"\.\d+\.(\w+\.\d+\.)*", ".*.", row.site)  # layers.0.blocks.1.mlp -> layers.*.mlp, a glob

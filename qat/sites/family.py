@@ -1,9 +1,9 @@
-"""What a model family tells the rest of the package about itself, beside the classes that it swaps."""
+"""What a model family states about itself, beside the classes that replace its modules."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ class NormLink(NamedTuple):
 
     Args:
         norm: the LayerNorm.
-        source: the site whose tensor it normalizes; None where something else lies between.
-        linear: the layer that alone reads its output; None where there is more than one reader, or none is linear.
+        source: the site whose tensor it normalizes; None where there is more than one, or an operation lies between.
+        linear: the layer that alone reads its output; None where there is more than one reader, none is linear, or the
+            reader is the head, whose input no method rewrites.
     """
 
     norm: str
@@ -26,28 +27,48 @@ class NormLink(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A part of a model that takes a tensor and gives the next part its input."""
+    """A part of a model that takes a tensor and gives the next part its input.
+
+    Args:
+        name: how messages call it.
+        run: from the input of the part to its output.
+        modules: dotted names of the modules that belong to it, with all that they contain.
+        parameters: dotted names of parameters that belong to it and are in none of these modules.
+    """
 
     name: str
     run: Callable[[Tensor], Tensor]
+    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+    def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Dotted name and parameter of everything in the unit that can be trained, steps of quantizers included."""
+        for name in self.parameters:
+            yield name, model.get_parameter(name)
+        for name in self.modules:
+            for inner, parameter in model.get_submodule(name).named_parameters():
+                yield f"{name}.{inner}", parameter
 
 
 class Family(ABC):
-    """One family; a subclass is registered by `family` and has no state."""
+    """A model family. A subclass has no state and is registered by `family`."""
 
     @abstractmethod
     def check(self, model: Any) -> None:
         """Raise QatError, by name, for an option of a float model that the family does not reproduce."""
 
     def prepare(self, model: Any, site: Any) -> None:  # noqa: B027  most families have nothing to do
-        """Give the root of the model sites of its own, from a `SiteBuilder`, in place."""
+        """Give the root of the model sites outside of its children, from a `SiteBuilder`, in place."""
 
     def norm_links(self, model: Any) -> list[NormLink]:
         """The LayerNorms of a quantized model, in the order of the network."""
         raise QatError(f"{type(model).__name__} does not list its LayerNorms: choose another method or recipe")
 
     def units(self, model: Any) -> list[Unit]:
-        """The quantized model as a chain: applying all of them is applying the model, in evaluation mode."""
+        """The quantized model as a chain: in evaluation mode, applying them in turn is applying the model.
+
+        Every parameter belongs to exactly one unit.
+        """
         raise QatError(f"{type(model).__name__} is not a chain of units: choose another method of calibration")
 
 
@@ -55,7 +76,7 @@ FAMILIES: dict[type[nn.Module], Family] = {}
 
 
 def family(*roots: type[nn.Module]) -> Callable[[type[Family]], type[Family]]:
-    """Class decorator: models of the classes ``roots`` are of the decorated family."""
+    """Class decorator: models of the classes ``roots`` belong to the decorated family."""
 
     def register(kind: type[Family]) -> type[Family]:
         FAMILIES.update(dict.fromkeys(roots, kind()))
@@ -65,7 +86,7 @@ def family(*roots: type[nn.Module]) -> Callable[[type[Family]], type[Family]]:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a float or a quantized model; QatError when it is of none."""
+    """The family of a float or a quantized model; QatError where it belongs to none."""
     for kind in type(model).__mro__:  # a quantized root may be a subclass of the float one
         if kind in FAMILIES:
             return FAMILIES[kind]

@@ -1,4 +1,4 @@
-"""Looking at the tensors that pass some modules, for as long as a block lasts."""
+"""Hooks on named modules that last as long as a block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 Before = Callable[[str, tuple[Any, ...]], None]  # name of a module, its arguments
-After = Callable[[str, tuple[Any, ...], Any], None]  # the same, and its output
+After = Callable[[str, tuple[Any, ...], Any], None]  # name of a module, its arguments, its output
 
 
 @contextmanager

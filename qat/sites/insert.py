@@ -26,7 +26,7 @@ Cuts = Mapping[str, tuple[int, int]]  # granularity -> (axis, groups)
 
 
 class FloatSite(nn.Identity):
-    """A site that no rule quantizes: the tensor passes through."""
+    """A site that stays in floating point: the tensor passes through."""
 
 
 Q = TypeVar("Q", bound=nn.Module)
@@ -48,7 +48,7 @@ def swaps(float_class: type[nn.Module]) -> Callable[[type[Q]], type[Q]]:
 
 @dataclass
 class SiteBuilder:
-    """Hands out the quantizer of each site and remembers which rules were used."""
+    """Builds the quantizer of each site and remembers which rules were used."""
 
     rules: Recipe
     prefix: str = ""
@@ -102,7 +102,7 @@ def quantize(model: nn.Module, rules: Recipe) -> nn.Module:
     The steps are NaN until a `PTQMethod` fills them.
 
     Raises:
-        QatError: a model family or an option that is not reproduced, a rule that matches no site or asks for a
+        QatError: the family or one of its options is not reproduced, or a rule matches no site or asks for a
             granularity that its site does not have.
     """
     kind = family_of(model)
@@ -118,10 +118,10 @@ def quantize(model: nn.Module, rules: Recipe) -> nn.Module:
 
 
 def connect_norms(model: nn.Module) -> None:
-    """Give every LayerNorm that computes with integers the quantizer whose codes it reads.
+    """Give every LayerNorm that computes with integers the quantizer of the tensor that it normalizes.
 
     Raises:
-        QatError: the tensor that it normalizes is not quantized, or not with one step times powers of two.
+        QatError: that tensor has no single quantizer, or its values are not whole multiples of one step.
     """
     modules = dict(model.named_modules())
     integer = {name.removesuffix(".output_quant") for name, q in quantizers(model) if q.reads_integers}
@@ -139,7 +139,7 @@ def connect_norms(model: nn.Module) -> None:
 
 
 def swap_children(module: nn.Module, site: SiteBuilder) -> None:
-    """Replace the children of ``module``, from the top down; a replaced child cares for its own children."""
+    """Replace the children of ``module``, from the top down; a replacement replaces its own children."""
     for name, child in list(module.named_children()):
         if type(child) in SWAPS:
             setattr(module, name, SWAPS[type(child)](child, site.child(name)).train(child.training))
@@ -164,7 +164,7 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 class WeightSite(NamedTuple):
     """A weight and the quantizer that it goes through."""
 
-    name: str  # of the site
+    name: str  # name of the site
     weight: nn.Parameter
     quantizer: Quantizer
 

@@ -1,4 +1,4 @@
-"""The matrix products of a quantized module, as the module itself states them: their cost, and how they are computed.
+"""The matrix products that a quantized module states: what they cost, and how they are computed.
 
 Shapes: I inputs, O outputs, n rows.
 """
@@ -12,13 +12,14 @@ from torch import Tensor
 
 
 class Matrices(NamedTuple):
-    """Both operands of a product as matrices: for every matrix of a batch, left (n, I) times right (O, I), transposed.
+    """Both operands of a product as matrices: each product is left (n, I) times the transpose of right (O, I).
 
     Args:
-        left, right: from the tensor at the site, perhaps with axes before its own, to (..., n, I) and (..., O, I).
-        axes: for both, the axis of that tensor along which parts have rows of their own; None where no axis has.
-        samples: from what reaches a site of activations to samples along the first axis.
-        rows_of: how many rows n of the output come from one of the samples.
+        left, right: map the tensor at the site, perhaps with axes before its own, to (..., n, I) and (..., O, I).
+        axes: for each operand, the axis of that tensor whose slices have different rows; None where every slice has a
+            part of every row.
+        samples: maps the tensor at an activation site to samples along the first axis.
+        rows_of: the number of rows n that one sample gives.
         weight: the right operand of a layer; None for a product of two activations.
     """
 
@@ -36,8 +37,8 @@ class Product(NamedTuple):
     Args:
         left, right: names of the sites of both operands, in the module.
         macs: multiply-accumulates, from the shape of an input of the module.
-        matrices: the operands as matrices; None where they are not (a convolution that pads), or where what passes the
-            site is not the operand (the scores of a softmax that is quantized as a whole).
+        matrices: the operands as matrices; None where the tensor at a site is not the operand: a convolution that pads,
+            or a softmax that is quantized as a whole, whose site has the scores.
     """
 
     left: str
@@ -47,12 +48,12 @@ class Product(NamedTuple):
 
 
 class HasProducts(Protocol):
-    """A quantized module says what it multiplies."""
+    """A quantized module that multiplies tensors."""
 
     def products(self) -> list[Product]:
-        """Every product of one application of the module."""
+        """The products that one forward computes."""
 
 
 def same(x: Tensor) -> Tensor:
-    """The tensor itself, where it is a matrix already."""
+    """Return the tensor itself: it is a matrix already."""
     return x

@@ -1,1 +1,1 @@
-"""Training: the Lightning module, losses, regularizers, schedules, the teacher."""
+"""The Lightning module and what it trains with: losses, regularizers, schedules, a teacher."""

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
+from collections import deque
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from qat.errors import QatError
 
 
-class FiniteCheck:
-    """Raises for a loss that is not finite: at once on a CPU, one step late on a GPU.
+class Copy(NamedTuple):
+    """A loss on its way from the GPU to the host."""
 
-    A look at a value on a GPU waits for everything before it, so there the flag travels while the next step is
-    prepared. A checkpoint is safe all the same: `QATModule` refuses to save weights that are not finite.
+    loss: Tensor  # on the host; its value is there once the event has happened
+    event: torch.cuda.Event
+    place: str
+
+
+class FiniteCheck:
+    """Raises for a loss that is not finite: at once on a CPU, a few steps late on a GPU.
+
+    Reading a value from a GPU would wait for everything that was launched before it. So the losses are copied in the
+    background, and each call looks only at the copies that have arrived. A checkpoint is safe all the same:
+    `QATModule` refuses to save weights that are not finite.
     """
 
     def __init__(self) -> None:
-        self._waiting: tuple[Tensor, Tensor, torch.cuda.Event, str] | None = None
+        self.copies: deque[Copy] = deque()
 
     def check(self, loss: Tensor, place: str) -> None:
-        """QatError that names ``place`` when its ``loss`` is not finite."""
+        """Raise QatError that names the place of the first loss that is known not to be finite."""
         loss = loss.detach()
         if not loss.is_cuda:
-            return _raise_unless(bool(torch.isfinite(loss)), loss, place)
-        flag = torch.isfinite(loss).to("cpu", non_blocking=True)
+            return _raise_unless_finite(loss, place)
+        on_host = loss.to("cpu", non_blocking=True)  # in pinned memory
         event = torch.cuda.Event()
         event.record()
-        before, self._waiting = self._waiting, (flag, loss, event, place)
-        if before is not None:
-            before[2].synchronize()
-            _raise_unless(bool(before[0]), before[1], before[3])
+        self.copies.append(Copy(on_host, event, place))
+        while self.copies and self.copies[0].event.query():
+            self._look_at_the_first()
         return None
 
+    def wait(self) -> None:
+        """Wait for all copies and look at them: when the host waits anyway, and when training ends."""
+        while self.copies:
+            self.copies[0].event.synchronize()
+            self._look_at_the_first()
 
-def _raise_unless(finite: bool, loss: Tensor, place: str) -> None:
-    if not finite:
+    def _look_at_the_first(self) -> None:
+        copy = self.copies.popleft()
+        _raise_unless_finite(copy.loss, copy.place)
+
+
+def _raise_unless_finite(loss: Tensor, place: str) -> None:
+    if not torch.isfinite(loss):
         raise QatError(
             f"the loss is {loss.item()} at {place}; the last good checkpoint is kept: lower model.lr, "
             "set trainer.gradient_clip_val, or use bf16-mixed, not 16-mixed"

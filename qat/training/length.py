@@ -1,4 +1,4 @@
-"""How long a run is."""
+"""The length of a run in optimizer steps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import lightning as L
 
 
 def total_steps(trainer: L.Trainer) -> int:
-    """Optimizer steps of the whole run; passes over the images can differ in length."""
+    """Optimizer steps of the whole run; passes over the images can differ in their number of batches."""
     per_pass = getattr(trainer.datamodule, "batches_per_pass", None)  # type: ignore[attr-defined]
     if per_pass is None:
         return int(trainer.estimated_stepping_batches)
-    if trainer.max_epochs == -1:  # as long as max_steps says
+    if trainer.max_epochs == -1:  # only max_steps ends the run
         return int(trainer.max_steps)
     limit = trainer.limit_train_batches
     batches: list[int] = per_pass(trainer.world_size, trainer.max_epochs)

@@ -15,9 +15,9 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
 
 
 def sparse_soft_cross_entropy(logits: Tensor, labels: TopK) -> Tensor:
-    """The same with sparse labels; no dense label (B, C) is built (spec of VVTQ, section 4.5).
+    """The same with the k most probable classes of each crop; the rest of the probability is spread over the others.
 
-    The rest is clamped at 0: probabilities rounded to half precision can sum to more than 1.
+    No dense label (B, C) is built. The rest is clamped at 0: probabilities in half precision can sum to more than 1.
     """
     log_probs, probs = F.log_softmax(logits.float(), dim=-1), labels.probs.float()  # (B, C), (B, k)
     top = log_probs.gather(1, labels.classes)  # (B, k)
@@ -30,14 +30,14 @@ def sparse_soft_cross_entropy(logits: Tensor, labels: TopK) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor | TopK) -> Tensor:
-    """Mean over B with labels of any kind: classes (B,) int64, probabilities (B, C), or sparse ones."""
+    """Mean over B for any kind of label: classes (B,) int64, probabilities (B, C), or sparse probabilities."""
     if isinstance(labels, TopK):
         return sparse_soft_cross_entropy(logits, labels)
     return soft_cross_entropy(logits, labels) if labels.ndim == 2 else F.cross_entropy(logits.float(), labels)
 
 
 def entropy(labels: Tensor | TopK, classes: int) -> Tensor:
-    """Mean over B of the entropy of soft labels, probabilities (B, C) or sparse; what a perfect student's loss is."""
+    """Mean over B of the entropy of soft labels, dense (B, C) or sparse: the loss of a perfect student."""
     if isinstance(labels, TopK):
         probs = labels.probs.float()
         rest, others = (1 - probs.sum(1)).clamp(min=0), classes - probs.shape[1]

@@ -25,6 +25,7 @@ from qat.data.streams import rng_for
 from qat.errors import QatError
 from qat.models import param_groups, regroup
 from qat.preprocessing import Preprocessing
+from qat.quantizers.projection import Projection
 from qat.sites.insert import quantizers, raise_for_uncalibrated
 from qat.training.finite import FiniteCheck
 from qat.training.length import total_steps
@@ -44,29 +45,42 @@ class Prediction(NamedTuple):
     probs: Tensor  # (B, 5)
 
 
+class StepRecord(NamedTuple):
+    """What a batch has to log. Keeping it costs nothing: numbers are computed, and fetched, only in a logged step."""
+
+    loss: Tensor  # without penalties
+    soft_labels: Tensor | TopK | None
+    penalties: dict[str, Tensor]  # weighted, by the name of the regularizer
+    rates: dict[str, float]
+    crops: int
+
+
 class QATModule(L.LightningModule):
-    """Quantization-aware training of a timm model."""
+    """Quantization-aware training of a timm model.
+
+    A training step never makes the host wait for the device, except in steps whose metrics Lightning writes.
+    """
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
         self.options = options
-        self.model, self.card, self.calibration = build_student(options)
+        self.model, self.card, self.calibration, self.uncompiled = build_student(options)
         self.preprocessing = Preprocessing(**self.card.preprocessing)
         self.total = 0  # optimizer steps of the run
         self.run_options: dict[str, Any] = {}  # kept in the checkpoint; the command line fills it
         self.regularizers = named(options.regularizers or [])
-        for regularizer in self.regularizers.values():
-            regularizer.choose(self.model)  # QatError, before training, when it matches nothing
+        self.regularized = {name: each.choose(self.model) for name, each in self.regularizers.items()}  # weights
         outputs = self.card.num_classes
-        self.teacher: tuple[
-            Teacher, ...
-        ] = ()  # no submodule: a teacher has no place in the checkpoint or the optimizer
+        # In a tuple, so that it is no submodule: a teacher has no place in the checkpoint or the optimizer.
+        self.teacher: tuple[Teacher, ...] = ()
         if options.teacher is not None:
             self.teacher = (build_teacher(options.teacher, options.teacher_checkpoint, outputs, options.classes),)
         self.top1 = MulticlassAccuracy(outputs, average="micro")
         self.top5 = MulticlassAccuracy(outputs, average="micro", top_k=min(5, outputs))
         self.val_loss = MeanMetric()
         self.finite = FiniteCheck()
+        self.project: Projection | None = None
+        self.record: StepRecord | None = None  # of the last batch, until it is logged
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of uint8 images (B, 3, S, S)."""
@@ -78,72 +92,97 @@ class QATModule(L.LightningModule):
         labels = self.soft_labels(batch)  # before the student's graph takes the memory
         loss = cross_entropy(self(batch.images), batch.labels if labels is None else labels)
         self.finite.check(loss, f"step {self.global_step} (epoch {self.current_epoch})")
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images), sync_dist=True)
+        penalties = dict(self.penalties())
+        detached = {name: penalty.detach() for name, penalty in penalties.items()}
+        self.record = StepRecord(loss.detach(), labels, detached, self.rates(), len(batch.images))
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
+            self.log_record()
+        return sum(penalties.values(), loss)
+
+    def log_record(self) -> None:
+        """Log losses, averaged over processes, and learning rates of the last batch, unless that is done already."""
+        if self.record is None:
+            return
+        (loss, labels, penalties, rates, crops), self.record = self.record, None
+        losses = {"train/loss": loss}
         if labels is not None:
             floor = entropy(labels, self.card.num_classes)
-            self.log_dict(
-                {"train/label_entropy": floor, "train/kl": loss - floor}, batch_size=len(batch.images), sync_dist=True
-            )
+            losses |= {"train/label_entropy": floor, "train/kl": loss - floor}
+        self.log_dict(losses, batch_size=crops, sync_dist=True)
+        self.log_dict({f"train/{name}": penalty for name, penalty in penalties.items()}, batch_size=crops)
+        self.log_dict(rates)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Lightning also writes the metrics of a step after which a callback ends the run."""
+        if self.trainer.should_stop:
+            self.log_record()
+        if self.record is None:  # it was logged, so the host waits for this step in any case
+            self.finite.wait()
+
+    def on_train_end(self) -> None:
+        """Look at the losses that are still on their way."""
+        self.finite.wait()
+
+    def rates(self) -> dict[str, float]:
+        """The learning rates of weights and of steps."""
         first, *_, last = self.trainer.optimizers[0].param_groups
-        self.log_dict({"lr": first["lr"], "step_lr": last["lr"]})
-        for name, penalty in self.penalties():
-            self.log(f"train/{name}", penalty, batch_size=len(batch.images))
-            loss = loss + penalty
-        return loss
+        return {"lr": first["lr"], "step_lr": last["lr"]}
 
     def penalties(self) -> Iterator[tuple[str, Tensor]]:
         """Name and weighted loss of every regularizer whose weight is above zero by now; others are not computed."""
         for name, regularizer in self.regularizers.items():
             if weight := regularizer.weight_at(self.progress):
-                yield name, weight * regularizer(self.model)
+                yield name, weight * regularizer.penalty(self.regularized[name])
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """Those that an average makes sense of: integers, such as the index of Swin, would be rounded down."""
+        """The buffers that a weight average can average: integers, such as the index of Swin, would be rounded down."""
         return (buffer for buffer in super().buffers(recurse) if buffer.is_floating_point())
 
     @property
     def progress(self) -> float:
-        """The part of training that is done, 0 to 1."""
+        """Optimizer steps done, over those of the whole run: 0 to 1."""
         return self.global_step / max(self.total, 1)
 
     def soft_labels(self, batch: Batch) -> Tensor | TopK | None:
-        """The teacher's probabilities (B, C) if there is one, else the soft labels of the batch, if it has some."""
+        """Probabilities (B, C) of the teacher; without a teacher, the soft labels of the batch, or None."""
         return self.teacher[0](batch.images).float().softmax(-1) if self.teacher else batch.soft_labels
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make drop path a function of (seed, pass, batch, rank): a resumed run draws what it would have drawn."""
+        """Seed drop path by (seed, pass, batch, rank), so that a resumed run draws what the whole run draws."""
         rng = rng_for(
             self.options.seed or 0, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank
         )
         torch.manual_seed(int(rng.integers(2**63)))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step, then steps are moved back to legal values, before anything (a weight average) reads them."""
+        """Take one step, then make the quantizers' parameters legal again, before a weight average reads them."""
         super().optimizer_step(*args, **kwargs)
-        for _, quantizer in quantizers(self.model):
-            quantizer.project_()
+        assert self.project is not None
+        self.project()
 
     def on_fit_start(self) -> None:
-        """Refuse to train with a forgotten calibration; bring the teacher to the device."""
+        """Raise QatError where calibration was forgotten; move the teacher to the device."""
         raise_for_uncalibrated(self.model)
+        self.project = Projection(quantizer for _, quantizer in quantizers(self.model))
         for teacher in self.teacher:
             teacher.to(self.device)
 
     def on_train_start(self) -> None:
-        """What the options say wins over what a checkpoint has restored."""
+        """Let the options of the optimizer win over those that a checkpoint has restored."""
         (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         assert isinstance(config.scheduler, LambdaLR)
         regroup(optimizer, config.scheduler, self.groups(), betas=self.options.betas, eps=self.options.eps)
 
     def on_validation_start(self) -> None:
-        """Refuse to evaluate with a forgotten calibration."""
+        """Raise QatError where calibration was forgotten."""
         if self.global_step == 0:
             raise_for_uncalibrated(self.model)
 
     on_predict_start = on_validation_start
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count hits and sum the loss; the metrics are exact over all images, whatever the batches."""
+        """Count hits and sum the loss, so that the metrics are exact over all images, however they are batched."""
         if not len(batch.images):
             return
         logits = self(batch.images).float()
@@ -166,7 +205,7 @@ class QATModule(L.LightningModule):
         return Prediction(batch.paths, classes, probs)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with undecayed groups, and a cosine that falls at every optimizer step."""
+        """AdamW with groups that are not decayed, and a cosine schedule that moves at every optimizer step."""
         self.total = total_steps(self.trainer)
         optimizer = AdamW(self.groups(), lr=self.options.lr, betas=self.options.betas, eps=self.options.eps)
         floor, warmup = self.options.min_lr / self.options.lr, self.options.warmup_steps
@@ -181,14 +220,17 @@ class QATModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add card and options; QatError rather than overwrite a good checkpoint with weights that are not finite."""
-        for name, value in self.model.state_dict().items():
-            if not torch.isfinite(value).all():
+        state = self.model.state_dict()
+        finite = torch.stack([torch.isfinite(value).all() for value in state.values()]).tolist()  # fetched once
+        for name, is_finite in zip(state, finite, strict=True):
+            if not is_finite:
                 raise QatError(f"{name} is not finite at step {self.global_step}; the last good checkpoint is kept")
-        told = {key: value for key, value in self.calibration.items() if key != "snr_db" or self.global_step == 0}
-        checkpoint[KEY] = self.card.to_dict() | {"options": self.run_options, "calibration": told}
+        # Errors of sites are those of the calibrated model: training changes them.
+        kept = {key: value for key, value in self.calibration.items() if key != "snr_db" or self.global_step == 0}
+        checkpoint[KEY] = self.card.to_dict() | {"options": self.run_options, "calibration": kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """QatError when the checkpoint describes another model, or a run that cannot go on as it is now."""
+        """Raise QatError when the checkpoint holds another model, or lacks a callback that its run needs to resume."""
         trainer: L.Trainer = self.trainer
         averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         check_restored(checkpoint, self.card, fits=trainer.state.fn == TrainerFn.FITTING, averages=averages)

@@ -4,9 +4,9 @@ With integer codes k, momentum m and the last non-zero direction d of each weigh
 
     D = sign(k_before - k_now),   o = 1 if d * D = -1 else 0,   d <- D where D is not 0,   f <- m o + (1 - m) f
 
-f is the frequency, 1 for a weight that flips at every update. A change that goes on in the same direction is no
-oscillation, and the first change never counts. State per weight: code int8, direction int8, frequency float16, or
-float32 for a momentum so small that float16 would lose its increments.
+f is the frequency, 1 for a weight that flips at every update. Two changes in the same direction are no oscillation, and
+the first change never counts. State per weight: code in the integer type of its quantizer, direction int8, frequency
+float16, or float32 for a momentum so small that float16 would lose its increments.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class Oscillation:
     """The codes of one weight over time.
 
     Args:
-        codes: int8 codes at the start, any shape.
+        codes: integer codes at the start, any shape.
         momentum: m above, 0 to 1.
     """
 
     def __init__(self, codes: Tensor, momentum: float) -> None:
         self.momentum = momentum
         self.codes = codes
-        self.direction = torch.zeros_like(codes)
+        self.direction = torch.zeros_like(codes, dtype=torch.int8)
         dtype = torch.float16 if momentum >= HALF_MOMENTUM else torch.float32
         self.frequency = torch.zeros_like(codes, dtype=dtype)
         self.total = torch.zeros((), dtype=torch.int64, device=codes.device)  # oscillations since the start
 
     def update(self, codes: Tensor) -> None:
-        """Take note of the codes after a step."""
+        """Compare with the codes after a step, which have the type of those at the start."""
         change = (self.codes > codes).to(torch.int8).sub_((self.codes < codes).to(torch.int8))
         oscillates = (change * self.direction) == -1
         self.direction = torch.where(change == 0, self.direction, change)
@@ -43,21 +43,21 @@ class Oscillation:
         self.codes = codes
 
     def share(self, threshold: float) -> Tensor:
-        """Part of the weights whose frequency is above ``threshold``: a scalar on the device."""
+        """The share, 0 to 1, of the weights whose frequency is above ``threshold``: a scalar on the device."""
         return (self.frequency > threshold).float().mean()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """Every tensor of the state, on the CPU."""
         return {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore what `state_dict` gave; a state of an older version may hold wider types."""
         for name, value in state.items():
-            setattr(self, name, value.to(self.codes.device, copy=True))
+            setattr(self, name, value.to(self.codes.device, getattr(self, name).dtype, copy=True))
 
 
 class Freezable(Oscillation):
-    """Also keeps the running mean of the codes, and which weights are frozen at which code."""
+    """Also keeps the running mean of the codes, and a mask of the weights that are frozen at their code."""
 
     def __init__(self, codes: Tensor, momentum: float) -> None:
         super().__init__(codes, momentum)
@@ -65,12 +65,12 @@ class Freezable(Oscillation):
         self.frozen = torch.zeros_like(codes, dtype=torch.bool)
 
     def update(self, codes: Tensor) -> None:
-        """Take note of the codes after a step; those of frozen weights stay."""
+        """As for `Oscillation`; the codes of frozen weights stay."""
         super().update(torch.where(self.frozen, self.codes, codes))
         self.mean.lerp_(self.codes.to(torch.float32), self.momentum)
 
     def freeze(self, threshold: float) -> None:
         """Fix the weights whose frequency is above ``threshold`` at the code that they had on average."""
         new = (self.frequency > threshold).logical_and_(~self.frozen)
-        self.codes = torch.where(new, self.mean.round().to(torch.int8), self.codes)
+        self.codes = torch.where(new, self.mean.round().to(self.codes.dtype), self.codes)
         self.frozen |= new

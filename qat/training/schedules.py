@@ -1,4 +1,4 @@
-"""Learning rates and loss weights as functions of the progress of training."""
+"""Schedules of learning rates, loss weights and thresholds."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def cosine_with_warmup(step: int, total: int, warmup: int = 0, floor: float = 0.
 
 
 def cosine_ramp(progress: float, start: float = 0.25) -> float:
-    """Factor on a loss weight: 0 until ``start`` of training is done, then up a half cosine to 1 (VVTQ, section 3.3).
+    """Factor on a loss weight (VVTQ): 0 up to ``start``, then a half cosine that rises to 1.
 
-    ``progress`` is the part of training that is done, 0 to 1.
+    ``progress`` and ``start`` are shares of the training steps, 0 to 1.
     """
     if progress <= start:
         return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -15,18 +16,19 @@ from qat.training.options import ModelOptions
 
 
 class Student(NamedTuple):
-    """A model, what a checkpoint says of it, and what is known of its calibration."""
+    """A model and what is known about it."""
 
     model: nn.Module
     card: Card
-    calibration: dict[str, Any]
+    calibration: dict[str, Any]  # how its checkpoint was calibrated; empty without one
+    uncompiled: Counter[str]  # with ``compile``: quantizers that stay eager, counted by the name of their spec
 
 
 def build_student(options: ModelOptions) -> Student:
     """Build and quantize the model that the options describe, with the weights that they name.
 
     Raises:
-        QatError: an option that does not fit, before a model is built or downloaded where that can be known.
+        QatError: an option that does not fit; where possible, before a model is built or downloaded.
     """
     if options.arch is None:
         raise QatError("model.arch is not set: give the name of a timm model, such as deit_tiny_patch16_224")
@@ -52,7 +54,15 @@ def build_student(options: ModelOptions) -> Student:
     )
     if table:
         model = quantize(model, table)
-    for _, quantizer in quantizers(model) if options.compile else ():
-        quantizer.compile_()
-    found = load_into(model, card, options.quant_checkpoint) if options.quant_checkpoint is not None else {}
-    return Student(model, card, found)
+    uncompiled = compile_quantizers(model) if options.compile else Counter()
+    calibration = load_into(model, card, options.quant_checkpoint) if options.quant_checkpoint is not None else {}
+    return Student(model, card, calibration, uncompiled)
+
+
+def compile_quantizers(model: nn.Module) -> Counter[str]:
+    """Let every quantizer use compiled arithmetic; those that have none are counted by the name of their spec."""
+    eager: Counter[str] = Counter()
+    for _, quantizer in quantizers(model):
+        if not quantizer.compile_():
+            eager[type(quantizer.spec).__name__] += 1
+    return eager

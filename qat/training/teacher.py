@@ -1,4 +1,4 @@
-"""An online teacher that sees the student's crops in its own way. Shapes: B crops, S pixels, C classes."""
+"""A teacher that labels the student's crops during training. Shapes: B crops, S pixels, C classes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qat.preprocessing import Preprocessing
 
 
 class Teacher(nn.Module):
-    """A frozen model that resizes and normalizes, on the device, with its own size, interpolation, mean and deviation.
+    """A frozen model that resizes and normalizes crops on the device, as its own preprocessing says.
 
     Args:
         model: any classifier with an attribute ``num_classes``.
-        preprocessing: of that model.
+        preprocessing: what the teacher was trained with.
         num_classes: classes of the student; QatError when the teacher has others.
     """
 
@@ -33,7 +33,7 @@ class Teacher(nn.Module):
             raise QatError(f"the teacher knows {classes} classes, the student {num_classes}: they must agree")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
-        """Itself: it is frozen, and a weight average that copies the student needs no second teacher."""
+        """Return itself: a weight average copies the student, and the teacher is frozen."""
         return self
 
     @torch.no_grad()
@@ -54,14 +54,14 @@ def build_teacher(
     classes: Sequence[str] | None = None,
     option: str = "model.teacher",
 ) -> Teacher:
-    """A teacher from timm, or one of our own checkpoints, float or quantized, which describes itself.
+    """A teacher from timm, or from a checkpoint of ours, float or quantized.
 
     Args:
         arch: timm model name.
         weights: ``pretrained``, a local file of float weights, or a checkpoint that `qat fit` wrote.
-        num_classes: classes of the student; QatError when the teacher has others.
-        classes: their names; QatError when a checkpoint of ours knows others, or the same in another order.
-        option: what errors call ``arch``.
+        num_classes: classes of the student; QatError when the teacher has another number.
+        classes: their names; QatError when a checkpoint of ours has others, or the same in another order.
+        option: the name of ``arch`` in errors.
     """
     card = checkpoints.find_card(weights)
     if card is None:

@@ -1,4 +1,4 @@
-"""Post-training quantization as a user runs it: calibrate, validate, come back to it, train from it."""
+"""Post-training quantization as a user runs it: calibrate, validate, load the checkpoint, train from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, config: Path) -> QatCLI
 
 @pytest.fixture(scope="session")
 def folder(calibrated: QatCLI) -> Path:
-    """Its run folder."""
+    """The run folder of `calibrated`."""
     return Path(calibrated.trainer.default_root_dir)
 
 
@@ -90,7 +90,7 @@ def test_several_devices_are_refused(config, tmp_path, capsys):
     assert "RepQViT runs on one device, and this run has 2" in capsys.readouterr().err
 
 
-def test_levels_beyond_the_bits_are_said_everywhere(config, tmp_path, capsys):
+def test_levels_beyond_the_bits_are_reported_everywhere(config, tmp_path, capsys):
     words = ("--model.recipe", "repq_vit_released", "--results_file", str(tmp_path / "results.json"))
     found = run(command(config, tmp_path, *words)).model.model
     said = "4 bit with 17 levels (more than 4 bits hold)"
@@ -110,7 +110,7 @@ def test_time_and_memory_are_logged(config, tmp_path, caplog):
 
 
 def test_training_starts_from_a_calibrated_checkpoint(config, folder, tmp_path, calibrated, fixed_images):
-    """Of the same recipe, without calibrating again; the first logits are those of the checkpoint."""
+    """The recipe is the same, and nothing is calibrated again."""
     words = ("--model.quant_checkpoint", str(folder / "ptq.ckpt"), "--trainer.max_steps", "2")
     found = run(command(config, tmp_path, *words, verb="fit"))
     assert found.trainer.global_step == 2
@@ -123,7 +123,7 @@ def test_training_starts_from_a_calibrated_checkpoint(config, folder, tmp_path, 
     )
 
 
-def test_the_same_calibration_stands_in_front_of_training(config, tmp_path):
+def test_training_calibrates_first(config, tmp_path):
     found = run(command(config, tmp_path, "--trainer.max_steps", "2", verb="fit"))
     assert found.trainer.global_step == 2
     assert found.model.calibration["method"].startswith("RepQViT(")
@@ -135,7 +135,7 @@ def test_the_same_calibration_stands_in_front_of_training(config, tmp_path):
     ("words", "message"),
     [
         (("--model.quant_checkpoint", "nowhere.ckpt"), "no checkpoint nowhere.ckpt: --model.quant_checkpoint takes"),
-        (("--model.quant_checkpoint", "{ckpt}", "--model.w_bits", "3"), "of another model, its rules differs"),
+        (("--model.quant_checkpoint", "{ckpt}", "--model.w_bits", "3"), "ptq.ckpt holds another model, rules"),
         (("--model.recipe", "vvtq"), "RepQViT needs Uniform, granularity tensor, at 'blocks.0.attn.qkv.input_quant'"),
         (("--model.recipe", "fq_vit_884"), "RepQViT needs Uniform"),
         (("--model.recipe", "repq"), "no recipe 'repq': choose from"),
@@ -143,7 +143,7 @@ def test_the_same_calibration_stands_in_front_of_training(config, tmp_path):
         (("--calibration.images", "99"), "calibration.images is 99"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(words, message, config, folder, tmp_path, capsys):
+def test_an_impossible_calibration_is_refused_in_one_line(words, message, config, folder, tmp_path, capsys):
     filled = [word.format(ckpt=folder / "ptq.ckpt") for word in words]
     assert main(command(config, tmp_path, *filled, verb="fit")) == 2
     err = capsys.readouterr().err

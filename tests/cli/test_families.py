@@ -17,11 +17,11 @@ from tests.conftest import interrupt_at_step
 
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 4]}
 SRET = {"img_size": 32, "embed_dims": [12, 24], "depths": [1, 2], "num_heads": [2, 4], "groups": [[4, 2], [2, 1]]}
-FAMILIES = {"swin": ("swin_tiny_patch4_window7_224", SWIN), "sret": ("sret_tiny", SRET)}
+MEMBERS = {"swin": ("swin_tiny_patch4_window7_224", SWIN), "sret": ("sret_tiny", SRET)}
 
 
 def words(config: Path, runs: Path, softlabels: Path, family: str, bits: int, **more: Any) -> list[str]:
-    arch, model_args = FAMILIES[family]
+    arch, model_args = MEMBERS[family]
     options = {
         "config": config, "runs": runs, "data.softlabels": softlabels, "model.arch": arch,
         "model.model_args": model_args, "model.w_bits": bits, "model.a_bits": bits, "model.drop_path": 0.2,
@@ -31,7 +31,7 @@ def words(config: Path, runs: Path, softlabels: Path, family: str, bits: int, **
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MEMBERS)
 def test_a_family_trains_and_is_evaluated(
     family: str, bits: int, config: Path, softlabels: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -46,9 +46,11 @@ def test_a_family_trains_and_is_evaluated(
     assert torch.equal(reread(pixels), cli.model.model.eval()(pixels))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_stopped_run_goes_on_to_the_same_bits(family: str, config: Path, softlabels: Path, tmp_path: Path) -> None:
-    """Shuffled groups, drop path and statistics of batches are functions of the step, or in the checkpoint."""
+@pytest.mark.parametrize("family", MEMBERS)
+def test_a_run_that_stops_and_resumes_ends_with_the_same_bits(
+    family: str, config: Path, softlabels: Path, tmp_path: Path
+) -> None:
+    """Shuffled groups and drop path are functions of the step; batch statistics are in the checkpoint."""
     average = [{"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.5}}]
     common = {"trainer.callbacks": average, "save_every": 1}
     whole = run(words(config, tmp_path / "whole", softlabels, family, 2, **common))
@@ -62,7 +64,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(family: str, config: Path, softl
 
 
 def test_an_average_leaves_integers_alone() -> None:
-    module = QATModule(ModelOptions(arch=FAMILIES["swin"][0], model_args=SWIN, checkpoint=None, num_classes=3))
+    module = QATModule(ModelOptions(arch=MEMBERS["swin"][0], model_args=SWIN, checkpoint=None, num_classes=3))
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
     for _ in range(3):
         average.update_parameters(module)

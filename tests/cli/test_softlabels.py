@@ -98,7 +98,7 @@ def test_a_partly_built_store_is_used_when_asked_for(
     [
         (("--model.teacher", "deit_tiny_patch16_224"), "data.softlabels and model.teacher both make labels"),
         (("--data.crop_scale", "[0.5,1.0]"), "data.crop_scale is .* but the crops of .*labels.h5 have"),
-        (("--data.softlabels", "nowhere.h5"), "no soft labels nowhere.h5: tools/make_softlabels.py makes them"),
+        (("--data.softlabels", "nowhere.h5"), "no soft labels nowhere.h5: qat make-softlabels makes them"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused_before_anything_is_built(

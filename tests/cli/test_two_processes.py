@@ -176,3 +176,56 @@ def test_an_error_of_one_process_reaches_the_user(config: Path, odd: Path, tmp_p
     done = in_two(*args, "--calibration.images", "2", "--calibration.seed", "1")
     assert done.returncode != 0
     assert "bee/2.png" in done.stderr
+
+
+STUCK = """
+import os, sys, time
+from pathlib import Path
+from qat.errors import QatError
+from qat.training.module import QATModule
+
+failing, folder = os.environ["FAILING"], Path(os.environ["PIDS"])
+
+def training_step(self, batch, batch_idx):
+    (folder / str(os.getpid())).touch()
+    if str(self.global_rank) in failing:
+        time.sleep(1)
+        raise QatError("this cannot be trained")
+    time.sleep(600)  # as a process waits in a collective of NCCL
+
+QATModule.training_step = training_step
+from qat.cli import console
+console()
+"""
+
+
+@pytest.mark.parametrize("failing", ["0", "1", "0 and 1"])
+def test_an_error_ends_all_processes_with_one_line(failing: str, config: Path, odd: Path, tmp_path: Path) -> None:
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "stuck.py").write_text(STUCK)
+    options = ("--config", config, "--data.root", odd, "--runs", tmp_path / "runs", "--data.batch_size", "4")
+    words = [sys.executable, tmp_path / "stuck.py", "fit", *options, "--calibration.images", "2"]
+    words += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"FAILING": failing, "PIDS": str(tmp_path / "pids")}
+    done = subprocess.run([*map(str, words)], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("this cannot be trained") == 1
+    assert "Traceback" not in done.stderr
+    pids = [int(path.name) for path in (tmp_path / "pids").iterdir()]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_processes_share_the_global_batch(config: Path, odd: Path, two: Path, tmp_path: Path) -> None:
+    """8 crops of two processes are 4 of each; where a process takes 2 at a time, the rest is accumulated."""
+    args = ("fit", "--config", config, "--data.root", odd, "--data.batch_size", "null", *REGULARIZED)
+    done = in_two(*args, "--runs", tmp_path, "--data.global_batch_size", "8")
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("*/*")
+    assert losses(folder) == losses(two)
+    refused = in_two(*args, "--runs", tmp_path / "none", "--data.global_batch_size", "6")
+    assert refused.returncode == 2
+    assert refused.stderr.count("data.global_batch_size is 6") == 1

@@ -74,6 +74,37 @@ def test_announced_and_real_steps_agree(root):
         assert sum(data.batches_per_pass(world_size)) == sum(map(len, loaders)) == sum(len(list(x)) for x in loaders)
 
 
+def test_the_default_batch_has_256_crops(root):
+    data = module(root, batch_size=None)
+    assert (data.batch_size, data.val_batch_size) == (256, 256)
+    assert data.plan_batches(8, None) == 1
+    assert data.plan_batches(8, 3) == 3
+    assert data.batch_size == 256
+
+
+def test_a_global_batch_is_shared_by_the_processes(root):
+    options = {"global_batch_size": 8, "batch_size": None, "crops_per_image": 2}
+    data = module(root, **options)
+    assert (data.batch_size, data.val_batch_size) == (8, 8)  # one process, until the number is known
+    for processes, accumulate, size in ((1, None, 8), (2, None, 4), (4, 1, 2), (2, 2, 2)):
+        assert data.plan_batches(processes, accumulate) == (accumulate or 1)
+        assert data.batch_size == data.val_batch_size == size
+        data.trainer.world_size = processes
+        assert {len(batch.paths) for batch in list(data.train_dataloader())[:-1]} == {size // 2}
+        assert len(list(data.train_dataloader())) == data.batches_per_pass(processes)[0]
+    assert module(root, **options, val_batch_size=3).val_batch_size == 3
+    with pytest.raises(QatError, match="global_batch_size is 8, which cannot be split over the 3 processes"):
+        data.plan_batches(3, None)
+
+
+def test_setup_finds_the_batch_size_of_the_trainer(root):
+    data = module(root, world_size=2, global_batch_size=8, batch_size=2)
+    data.trainer.accumulate_grad_batches = 1
+    data.setup("fit")
+    assert (data.batch_size, data.trainer.accumulate_grad_batches) == (2, 2)
+    assert data._order(0)["batch_size"] == 2
+
+
 def test_a_step_has_the_same_number_of_crops_in_every_pass(root):
     options = {"crops_per_image": 4, "crop_epochs": 5, "batch_size": 8}
     for epoch, images in ((0, 2), (1, 8), (7, 2)):  # four crops, one crop, and past the end four again
@@ -212,8 +243,7 @@ def transferred(data, loader) -> list[Batch]:
     return [data.on_before_batch_transfer(batch, 0) for batch in loader]
 
 
-@pytest.mark.parametrize("harm", [spoil, truncate, Path.unlink])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("harm", "workers"), [(spoil, 1), (truncate, 0), (Path.unlink, 0)])
 def test_an_unreadable_image_stops_the_run_with_its_path(root, harm, workers):
     data = module(root, workers=workers)
     data.setup("fit")
@@ -237,7 +267,7 @@ def test_skip_replaces_in_training_leaves_out_in_validation_and_counts(root, cap
     assert sorted(paths(first)).count("b/5.png") == 2  # the image after the bad one, in its place
     assert len(paths(seen)) == VAL - 1
     assert sum(len(b.images) for b in seen) == sum(len(b.labels) for b in seen) == VAL - 1
-    assert dict(data.bad_images) == {f"{bad[0]}: not an image": 2, f"{bad[1]}: not an image": 1}
+    assert dict(data.unreadable.counts) == {f"{bad[0]}: not an image": 2, f"{bad[1]}: not an image": 1}
     assert len(caplog.records) == 2  # one warning per file, not per visit
     assert sum(map(len, data.calibration_batches(TRAIN, 4, 0))) == TRAIN
 
@@ -263,7 +293,14 @@ def test_a_batch_without_any_readable_image(root):
     ("options", "message"),
     [
         ({"batch_size": 6, "crops_per_image": 4}, "batch_size 6 is not a multiple of crops_per_image 4"),
+        ({"crops_per_image": 3}, "batch_size 256 is not a multiple of crops_per_image 3"),
+        (
+            {"global_batch_size": 10, "crops_per_image": 4},
+            "global_batch_size 10 is not a multiple",
+        ),
+        ({"global_batch_size": 10, "batch_size": 4}, "global_batch_size is 10, which cannot be split"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"global_batch_size": 0}, "global_batch_size is 0"),
         ({"crop_epochs": 0}, "crop_epochs is 0"),
         ({"on_bad_image": "hide"}, "on_bad_image is 'hide'"),
         ({"train_interpolation": "cubic"}, "train_interpolation is 'cubic'"),
@@ -284,7 +321,7 @@ def test_bad_settings_are_refused_when_the_module_is_made(options, message):
         ({"preprocessing": {"size": 3}}, "data.preprocessing is .*missing"),
     ],
 )
-def test_what_a_stage_cannot_do_without_is_named_in_setup(root, options, message):
+def test_setup_names_what_is_missing(root, options, message):
     with pytest.raises(QatError, match=message):
         module(**({"root": root} | options)).setup("fit")
 
@@ -330,6 +367,15 @@ def test_the_trainer_runs_the_passes(root, tmp_path):
     assert [(e, n) for e, n, _ in seen] == [(0, 2)] * 5 + [(1, 2)] * 5 + [(2, 4)] * 2 + [(2, 2)]
     predicted = run.predict(Recorder(), datamodule=data)
     assert [path for batch in predicted for path in batch] == list(find_images(root / "val"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_accumulates_the_global_batch(root, tmp_path):
+    data, run, model = module(root, global_batch_size=8, batch_size=4), trainer(tmp_path, 1), Recorder()
+    data.trainer = None
+    run.fit(model, datamodule=data)
+    assert [images for _, images, _ in model.seen] == [4, 4, 2]
+    assert (run.accumulate_grad_batches, run.global_step) == (2, 2)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,6 +1,9 @@
-"""Passes, step totals and shuffles, by hand."""
+"""Passes, numbers of batches, shuffles and batches to resume from, by hand."""
 
-from qat.data.order import Batches, batches_per_pass, crop_passes, shuffled
+import pytest
+
+from qat.data.order import ResumableBatchSampler, batches_done, batches_per_pass, crop_passes, shuffled
+from qat.errors import QatError
 
 
 def test_passes_spend_the_crop_epochs():
@@ -23,8 +26,16 @@ def test_order_depends_on_seed_and_epoch_only():
     assert shuffled(2, 0, 0, rank=4, world_size=5).shape == (1,)  # more ranks than images
 
 
-def test_batches_keep_the_rest_and_leave_out_what_is_done():
+def test_the_last_batch_may_be_incomplete_and_finished_batches_are_skipped():
     order = shuffled(7, 0, 0)
-    assert [len(batch) for batch in Batches(order, 3)] == [3, 3, 1]
-    assert list(Batches(order, 3, done=2)) == [[order[6]]]
-    assert len(Batches(order, 3, done=2)) == 3  # Lightning counts the batches before the resume itself
+    assert [len(batch) for batch in ResumableBatchSampler(order, 3)] == [3, 3, 1]
+    assert list(ResumableBatchSampler(order, 3, done=2)) == [[order[6]]]
+    assert len(ResumableBatchSampler(order, 3, done=2)) == 3  # Lightning counts the batches before the resume itself
+
+
+def test_a_pass_is_resumed_only_in_the_order_that_it_began_with():
+    resumed = {"epoch": 1, "batches": 3, "batch_size": 4}
+    assert batches_done(resumed, 1, {"batch_size": 4, "added later": 0}) == 3
+    assert batches_done(resumed, 2, {"batch_size": 8}) == 0
+    with pytest.raises(QatError, match=r"batch_size is 8, but the checkpoint was written in the middle .* with 4"):
+        batches_done(resumed, 1, {"batch_size": 8})

@@ -138,22 +138,13 @@ def test_a_fresh_head_does_not_excuse_missing_weights(tmp_path, weights):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".safetensors"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"<!DOCTYPE html><title>404</title>",
-        b"\x00" * 100,
-        b"PK\x03\x04 cut short",
-        pytest.param(b"", id="empty"),
-        pytest.param(b"hello", id="text"),
-    ],
-)
-def test_a_corrupt_file_is_named(tmp_path, suffix, content):
+def test_a_corrupt_file_is_named(tmp_path, suffix):
     path = tmp_path / f"deit{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(QatError, match=f"cannot read the weights .*deit{suffix}") as error:
-        read_weights(path)
-    assert "\n" not in str(error.value)
+    for content in (b"<!DOCTYPE html><title>404</title>", b"\x00" * 100, b"PK\x03\x04 cut short", b"", b"hello"):
+        path.write_bytes(content)
+        with pytest.raises(QatError, match=f"cannot read the weights .*deit{suffix}") as error:
+            read_weights(path)
+        assert "\n" not in str(error.value), content
 
 
 def test_a_truncated_file_is_named(tmp_path, weights):

@@ -28,7 +28,7 @@ def calibrated(**arguments) -> nn.Module:
         (lambda m: setattr(m.stages[0].blocks[0], "attn", nn.Identity()), r"stages\.0\.blocks\.0\.attn is a Identity"),
     ],
 )
-def test_what_is_not_reproduced_is_refused(change, message):
+def test_a_block_or_attention_of_another_class_is_refused(change, message):
     model = tiny()
     change(model)
     with pytest.raises(QatError, match=message):

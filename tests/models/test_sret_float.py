@@ -10,7 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qat.errors import QatError
 from qat.models import build_float, default_preprocessing
-from qat.models.sret_float import Grouping, NonProjection, RecursiveBlock, Stage, evaluation_order
+from qat.models.grouping import Grouping, evaluation_order
+from qat.models.sret_float import NonProjection, RecursiveBlock, Stage
 from tests.formula import f as formula
 from tests.models.sret_weights import double, fill, images, tiny
 

@@ -101,7 +101,7 @@ def start_as_the_official_code(quantizer: nn.Module, args: tuple[Tensor]) -> Non
             quantizer.offset.zero_()
 
 
-QUANTISED = {
+QUANTIZED = {
     4: (
         [-0.82988415, 0.04754187, 0.02918432, -0.55538283, 0.66696249],
         [-0.98217006, -0.45315574, -0.00427243, -0.47001043, 0.57236063],
@@ -116,7 +116,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("bits", QUANTISED)
+@pytest.mark.parametrize("bits", QUANTIZED)
 @torch.no_grad()
 def test_quantized_logits_are_those_of_the_official_code(bits):
     model = quantize(full(), build_recipe("vvtq", w_bits=bits, a_bits=bits)).double()
@@ -125,7 +125,7 @@ def test_quantized_logits_are_those_of_the_official_code(bits):
     for _, quantizer in quantizers(model):
         if quantizer.layout.batched:
             quantizer.register_forward_pre_hook(start_as_the_official_code)
-    first, shifted = QUANTISED[bits]
+    first, shifted = QUANTIZED[bits]
     assert_logits(model(formula_images()), first)
     if bits == 4:
         steps = {name: model.get_submodule(name).step.item() for name in STEPS}

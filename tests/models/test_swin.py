@@ -212,7 +212,7 @@ def test_position_biases_and_steps_are_not_decayed():
     assert sum(name.endswith("bias_table") for name in rates) == 4
 
 
-def test_the_table_folds_both_numbers_and_its_names_are_rules():
+def test_the_table_merges_stages_and_blocks_and_its_names_are_rules():
     model = quantize(tiny(depths=(2, 2, 2), num_heads=(1, 2, 4)), vvtq())
     out = StringIO()
     Console(file=out, width=80, color_system=None).print(as_table(describe(model)))

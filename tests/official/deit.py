@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tests.official import layouts
-from tests.official.layouts import CLASSES, Official, Shapes, Table, block, filled, with_biases
+from tests.official.layouts import CLASSES, Official, Shapes, Table, block, filled, float32, with_biases
 
 TINY = "deit_tiny_patch16_224"
 DEPTH = 12
@@ -50,3 +52,23 @@ class DeiT(Official):
             x = x + self.attention(f"blocks.{i}.attn", self.norm(f"blocks.{i}.norm1", x), 64)
             x = x + self.mlp(f"blocks.{i}.mlp", self.norm(f"blocks.{i}.norm2", x))
         return self.head(self.norm("norm", x)[:, 0])
+
+
+class OfficialFiles(NamedTuple):
+    """Checkpoints as VVTQ's training writes them, and the table in the quantized one, W4A3."""
+
+    float: Path
+    quantized: Path
+    table: Table
+
+
+def write_files(folder: Path) -> OfficialFiles:
+    """Write both files to ``folder``."""
+    table = float32(quantized(4, 3))
+    for name in [name for name in table if name.endswith("init_state")]:
+        table[name].fill_(1)
+    files = OfficialFiles(folder / "deit_tiny.pth", folder / "model_best.pth.tar", table)
+    torch.save({"model": float32(fill())}, files.float)
+    rest = {"epoch": 150, "arch": "resnet50", "best_acc1": torch.tensor(74.7), "optimizer": {"state": {}}}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in table.items()}, **rest}, files.quantized)
+    return files

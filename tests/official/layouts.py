@@ -1,7 +1,7 @@
-"""What the official layouts of all families share, written by hand: formula weights, VVTQ's quantizers, its layers.
+"""What all official layouts share, written by hand: weights from a formula, VVTQ's quantizers and its layers.
 
-The logits that the families list were made by the official code from the same formula in float64. They hold the forward
-passes written here, which then hold the converted models.
+The official code computed the constants LOGITS of each family in float64, from weights of the same formula. They prove
+that the forward passes written here are right; these then prove that the converted models are.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ CLASSES = 1000
 
 
 def with_biases(layers: Shapes) -> Shapes:
-    """The shapes of weights and biases, from those of the weights."""
+    """Add the shapes of the biases to those of the weights."""
     kinds = {f"{name}.weight": shape for name, shape in layers.items()}
     return kinds | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
 
 
 def block(at: str, C: int, hidden: int) -> Shapes:
-    """A block of VVTQ, whose q, k and v have projections of their own."""
+    """The shapes in a block of VVTQ, where q, k and v have a projection each."""
     layers: Shapes = {f"{at}.{name}": (C,) for name in ("norm1", "norm2")}
     layers |= {f"{at}.attn.{name}": (C, C) for name in ("proj_q", "proj_k", "proj_v", "proj")}
     return with_biases(layers | {f"{at}.mlp.fc1": (hidden, C), f"{at}.mlp.fc2": (C, hidden)})
 
 
 def filled(shapes: Shapes) -> Table:
-    """Float weights, float64, numbered in the order of their names."""
+    """Float weights in float64; the formula takes the place of each name in their sorted order."""
     return {name: formula.filled(name, shapes[name], t) for t, name in enumerate(sorted(shapes))}
 
 
@@ -53,12 +53,12 @@ def fused(table: Table) -> Table:
 
 
 def float32(table: Table) -> Table:
-    """As in a file: no float64, and no tensor twice."""
+    """The table as a file holds it: no float64, and no tensor under two names."""
     return {name: value.float() if value.is_floating_point() else value.clone() for name, value in table.items()}
 
 
 def owners(table: Table, others: Iterable[str]) -> tuple[list[str], list[str]]:
-    """VVTQ's quantizers of weights and of activations, of which ``others`` are outside the blocks."""
+    """Names of VVTQ's quantizers of weights, and of activations; ``others`` are those outside the blocks."""
     linear = [name.removesuffix(".weight") for name, value in table.items() if value.ndim > 1 and "weight" in name]
     activations = [*others]
     for name in linear:
@@ -71,7 +71,7 @@ def owners(table: Table, others: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def quantized(table: Table, others: Iterable[str], w_bits: int = 4, a_bits: int = 4, switch: bool = False) -> Table:
-    """The float weights and VVTQ's quantizers, float64: weights with a step, activations not yet."""
+    """The float weights and VVTQ's quantizers in float64; weights have a step, activations have none yet."""
     weights, activations = owners(table, others)
     table = dict(table)
     for q in weights + activations:
@@ -87,7 +87,7 @@ def quantized(table: Table, others: Iterable[str], w_bits: int = 4, a_bits: int 
 
 
 def with_offsets(table: Table, offset: float) -> Table:
-    """All live offsets set, the dead ones far away."""
+    """Set every offset that is in use, and the unused ones to a value far away."""
     out = dict(table)
     for name in table:
         if name.endswith(".beta"):
@@ -97,7 +97,7 @@ def with_offsets(table: Table, offset: float) -> Table:
 
 
 def numbered(table: Table) -> Table:
-    """Every quantizer with numbers of its own in its live slot, float32."""
+    """Give every quantizer a different step and offset in the slot that it uses, float32."""
     out = float32(table)
     for n, name in enumerate(name for name in table if name.endswith(".nbits")):
         q, slot = name.removesuffix(".nbits"), int(table[name]) - 2
@@ -113,7 +113,7 @@ def count(table: Table, end: str) -> int:
 
 
 def model_of(table: Table, **options: object) -> nn.Module:
-    """The model of a quantized table, loaded strictly."""
+    """Convert a quantized table and load it strictly."""
     converted = convert(table, **options)
     assert converted.card is not None
     model = converted.card.build()
@@ -122,14 +122,14 @@ def model_of(table: Table, **options: object) -> nn.Module:
 
 
 def spoilt(table: Table, spoil: Callable[[Table], object]) -> Table:
-    """A table after ``spoil``, which may change small tensors in place."""
+    """A copy of a table, changed by ``spoil``, which may write to small tensors only."""
     out = {name: value.clone() if value.numel() < 8 else value for name, value in table.items()}
     spoil(out)
     return out
 
 
 def refusal(table: Table, **options: object) -> str:
-    """What the conversion stops with, in one line."""
+    """The message, one line, with which the conversion stops."""
     with pytest.raises(QatError) as raised:
         convert(table, **options)
     assert "\n" not in str(raised.value)
@@ -137,7 +137,7 @@ def refusal(table: Table, **options: object) -> str:
 
 
 class Found:
-    """The quantizers of a converted model, each taken off as it is compared with a table that is `numbered`."""
+    """Compares the quantizers of a converted model with a table that is `numbered`; ``left`` are those still to do."""
 
     def __init__(self, table: Table, w_bits: int, a_bits: int, switch: bool) -> None:
         model = model_of(table)
@@ -171,7 +171,7 @@ class Found:
 
 
 class Official:
-    """Layers of VVTQ's forward pass, as its formulas say: steps from slots, and none in a float table; any type."""
+    """Layers of VVTQ's forward pass by its formulas, in any dtype; a float table has no quantizers."""
 
     eps = 1e-6
 
@@ -201,7 +201,7 @@ class Official:
         return F.layer_norm(x, x.shape[-1:], self.table[f"{name}.weight"], self.table[f"{name}.bias"], self.eps)
 
     def attention(self, at: str, x: Tensor, width: int, bias: Tensor | float = 0.0) -> Tensor:
-        """(B, N, C) to (B, N, C) by heads of ``width`` channels."""
+        """Attention of (B, N, C) with heads of ``width`` channels each; the shape stays."""
         x = self.quant(f"{at}.quant_input", x)
         parts = [self.linear(f"{at}.proj_{p}", x).unflatten(-1, (-1, width)).transpose(1, 2) for p in "qkv"]
         q, k, v = (self.quant(f"{at}.quant_{p}", part) for p, part in zip("qkv", parts, strict=True))  # (B, H, N, D)

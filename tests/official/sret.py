@@ -1,4 +1,4 @@
-"""SReT-T as published and as VVTQ has it, written by hand; the order of tokens is never changed."""
+"""SReT-T as published and in VVTQ, written by hand, without its permutation of the tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOGITS = {  # 0 to 4 of the first image
 
 
 def shapes() -> Shapes:
-    """Names and shapes of VVTQ's float SReT-T; a block that is applied twice has its first name."""
+    """Names and shapes of VVTQ's float SReT-T; a block that is applied twice has only its first name."""
     out: Shapes = {"pos_embed": (1, 64, 28, 28)}
     for s, (C, hidden, entries) in enumerate(STAGES):
         for i in range(entries):
@@ -55,13 +55,13 @@ def with_second_names(table: Table) -> Table:
 
 @cache
 def distinct() -> Table:
-    """Float weights in the layout of VVTQ, float64, each once."""
+    """Float weights in the layout of VVTQ, float64, each under one name."""
     batches = {f"patch_embed.bn{i}.num_batches_tracked": torch.tensor(1000 + i) for i in (1, 2, 3)}
     return filled(shapes()) | batches
 
 
 def fill() -> Table:
-    """All of a float file in the layout of VVTQ, float64."""
+    """All tensors of a float file in the layout of VVTQ, float64."""
     return with_second_names(distinct())
 
 

@@ -1,4 +1,4 @@
-"""Swin-T as Microsoft publishes it and as VVTQ has it, written by hand. Shapes: h x w tokens, C channels, W windows."""
+"""Swin-T as published and in VVTQ, written by hand. Shapes: h x w tokens, C channels, W windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOGITS = {  # 0 to 4 of the first image
 
 
 def shapes() -> Shapes:
-    """Names and shapes of VVTQ's float Swin-T, without what is computed."""
+    """Names and shapes of VVTQ's float Swin-T, without the tensors that timm computes."""
     out: Shapes = {}
     for s, (depth, C) in enumerate(zip(DEPTHS, WIDTHS, strict=True)):
         for i in range(depth):
@@ -35,7 +35,7 @@ def shapes() -> Shapes:
 
 
 def index() -> Tensor:
-    """Which entry of the table of biases a pair of tokens of a window has (49, 49)."""
+    """The entry in the table of biases for each pair of tokens in a window (49, 49)."""
     y, x = torch.arange(49) // 7, torch.arange(49) % 7
     return 13 * (y[:, None] - y[None] + 6) + x[:, None] - x[None] + 6
 
@@ -47,7 +47,7 @@ def windows(x: Tensor) -> Tensor:
 
 
 def mask(side: int) -> Tensor:
-    """(W, 49, 49): tokens that the shift by 3 brought together from opposite edges do not see each other."""
+    """(W, 49, 49): -100 between tokens that the shift by 3 brought together from opposite edges."""
     along = torch.arange(side)
     part = (along >= side - 7).int() + (along >= side - 3).int()
     part = windows((3 * part[:, None] + part[None]).view(1, side, side, 1)).squeeze(2)
@@ -56,7 +56,7 @@ def mask(side: int) -> Tensor:
 
 @cache
 def fill() -> Table:
-    """All of a float file in the layout of VVTQ, float64."""
+    """All tensors of a float file in the layout of VVTQ, float64."""
     table = filled(shapes())
     for s, depth in enumerate(DEPTHS):
         for i in range(depth):

@@ -1,4 +1,4 @@
-"""DeiT in the official layout, and in VVTQ's, against what the converter makes of it."""
+"""DeiT in the official layout and in that of VVTQ: the converted model must compute the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.official.layouts import (
 
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[Table, Tensor]:
-    """A W4A4 table whose activations took their steps from `images`, and the logits of that pass, float64."""
+    """A W4A4 table whose activations took their steps from `images`, and the logits for these images, float64."""
     table = quantized()
     return table, DeiT(table)(images())
 
@@ -45,7 +45,7 @@ def table32(calibrated: tuple[Table, Tensor]) -> Table:
     return float32(calibrated[0])
 
 
-def test_the_forward_pass_written_here_is_that_of_the_official_code(calibrated):
+def test_the_forward_pass_of_these_tests_gives_the_logits_of_the_official_code(calibrated):
     table, logits = calibrated
     assert logits[0, :5].tolist() == pytest.approx(LOGITS["w4a4"], abs=1e-7)
     logits = DeiT(with_offsets(table, -0.17))(images()[:1])
@@ -60,14 +60,14 @@ def test_the_converted_model_computes_what_the_official_one_does(table32, switch
         table32 = float32(quantized(switch=True)) | steps
     table = with_offsets(table32, -0.17)
     image = images()[:1]
-    # in float64: the fused projection adds in another order, which moves sums by 1e-16, and in float32 by 1e-7, where
-    # it can push one of millions of values over a rounding boundary and so move a logit by as much as 1
+    # The fused projection adds in another order. In float32 that moves sums by 1e-7, which can push one of millions of
+    # values over a rounding boundary and so move a logit by as much as 1; in float64 it moves them by 1e-16.
     ours = model_of(table).double()(image)
     theirs = DeiT({name: value.double() for name, value in table.items()})(image)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
-def test_the_table_written_here_has_the_counts_of_an_official_file(table32):
+def test_the_table_of_these_tests_has_the_counts_of_an_official_file(table32):
     assert len(table32) == 728
     assert [count(table32, end) for end in ("nbits", "alpha", "init_state", "beta")] == [172, 172, 172, 12]
     bits = [int(value) for name, value in table32.items() if name.endswith("nbits")]
@@ -80,7 +80,7 @@ def test_the_table_written_here_has_the_counts_of_an_official_file(table32):
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits", "switch"), [(2, 3, False), (4, 2, True), (8, 4, False)])
-def test_every_quantizer_finds_its_site(w_bits, a_bits, switch):
+def test_every_quantizer_gives_its_step_to_one_site(w_bits, a_bits, switch):
     found = Found(numbered(quantized(w_bits, a_bits, switch)), w_bits, a_bits, switch)
     assert len(found.left) == 172 - 2 * DEPTH
     for i in range(DEPTH):
@@ -93,7 +93,7 @@ def test_every_quantizer_finds_its_site(w_bits, a_bits, switch):
     assert not found.left
 
 
-def test_the_card_says_what_vvtq_evaluates_with(table32):
+def test_the_card_has_the_widths_and_the_preprocessing_of_vvtq(table32):
     card = convert(table32, classes=("a", "b")).card
     assert card is not None
     assert (card.arch, card.model_args, card.num_classes, card.classes) == (TINY, {}, CLASSES, ["a", "b"])
@@ -107,7 +107,7 @@ def test_the_card_says_what_vvtq_evaluates_with(table32):
 def test_float_weights_of_either_layout_fit_timm(layout, caplog):
     with caplog.at_level(logging.WARNING):
         converted = convert(float32(layout(fill())))
-    assert len(caplog.messages) == (layout is dict)  # VVTQ's own float training clamps GELU, which no name tells
+    assert len(caplog.messages) == (layout is dict)  # VVTQ's own float training clamps GELU, which no name shows
     assert all("clamps GELU" in message for message in caplog.messages)
     assert converted.card is None
     assert len(converted.state) == 152
@@ -117,7 +117,7 @@ def test_float_weights_of_either_layout_fit_timm(layout, caplog):
     assert logits[0, :5].tolist() == pytest.approx(LOGITS["float"], abs=1e-5)  # the weights are float32
 
 
-def test_the_architecture_is_told_by_the_width():
+def test_the_architecture_is_inferred_from_the_channels():
     table = fused({name: torch.zeros(shape) for name, shape in shapes(384).items()})
     assert convert(table).arch == "deit_small_patch16_224"
 
@@ -141,7 +141,7 @@ def test_options_of_other_families_are_refused(table32):
         convert(table32, reduction_bits="trained")
     with pytest.raises(QatError, match=r"deit_tiny_patch16_224 does not take .'eval_permutation'"):
         convert(table32, model_args={"eval_permutation": "identity"})
-    with pytest.raises(QatError, match=r"reduction_bits 'trained' is kept with a quantized model.*float"):
+    with pytest.raises(QatError, match=r"reduction_bits 'trained' is for a quantized model.*float"):
         convert(float32(fill()), reduction_bits="trained")
 
 
@@ -158,13 +158,19 @@ DEFECTS: dict[str, tuple[Callable[[Table], object], str]] = {
     "a width is missing": (lambda t: t.pop(f"{Q}.nbits"), f"'{Q}.nbits' is missing"),
     "all widths are missing": (lambda t: [t.pop(n) for n in [*t] if n.endswith(".nbits")], "nbits' is missing.*172"),
     "a name is left over": (lambda t: t.update({"dist_token": torch.zeros(1)}), "'dist_token' is unexpected"),
-    "a head of others": (lambda t: t.update({"head.bias": torch.zeros(10)}), r"'head.bias' is \(10,\).*\(1000,\)"),
+    "a head of another size": (
+        lambda t: t.update({"head.bias": torch.zeros(10)}),
+        r"'head.bias' is \(10,\).*\(1000,\)",
+    ),
     "six slots": (lambda t: t.update({f"{Q}.alpha": torch.ones(6)}), rf"'{Q}.alpha' is \(6,\).*not \(7,\)"),
     "half precision": (lambda t: t.update({"norm.bias": t["norm.bias"].half()}), r"'norm.bias' is .*float16.*float32"),
-    "not a number": (lambda t: t.update({"norm.bias": t["norm.bias"] / 0}), "'norm.bias' is not finite"),
+    "an infinite weight": (lambda t: t.update({"norm.bias": t["norm.bias"] / 0}), "'norm.bias' is not finite"),
     "head-wise": (lambda t: t.update({f"{Q}.nbits": torch.full((3,), 4.0)}), rf"'{Q}.nbits' is \[4.0.*head-wise"),
     "a float build": (lambda t: t.update({f"{Q}.nbits": torch.tensor([-1.0])}), rf"'{Q}.nbits' is \[-1.0\].*float"),
-    "width between": (lambda t: t.update({f"{Q}.nbits": torch.tensor([3.6])}), f"'{Q}.nbits' is 3.6: only integers"),
+    "a fractional width": (
+        lambda t: t.update({f"{Q}.nbits": torch.tensor([3.6])}),
+        f"'{Q}.nbits' is 3.6: only integers",
+    ),
     "width 9": (lambda t: t.update({f"{Q}.nbits": torch.tensor([9.0])}), f"'{Q}.nbits' is 9: only integers 2 to 8"),
     "mixed activations": (lambda t: t.update({f"{Q}.nbits": torch.tensor([3.0])}), f"'{Q}.nbits' is 3, but .* has 4"),
     "mixed weights": (
@@ -175,25 +181,28 @@ DEFECTS: dict[str, tuple[Callable[[Table], object], str]] = {
     "never used": (lambda t: t.update({f"{Q}.init_state": torch.zeros(1)}), f"'{Q}.init_state' is 0, not 1"),
     "a step on the floor": (lambda t: t.update({f"{Q}.alpha": torch.full((7,), 1e-4)}), r"alpha\[2\]' is 0.0001"),
     "a step that is NaN": (lambda t: t.update({f"{Q}.alpha": torch.full((7,), torch.nan)}), r"alpha\[2\]' is nan"),
-    "an endless step": (lambda t: t.update({f"{Q}.alpha": torch.full((7,), torch.inf)}), r"alpha\[2\]' is inf"),
+    "an infinite step": (lambda t: t.update({f"{Q}.alpha": torch.full((7,), torch.inf)}), r"alpha\[2\]' is inf"),
     "no offset": (lambda t: t.pop("blocks.3.mlp.quant2.beta"), "'blocks.3.mlp.quant2.beta' is missing: 11 offsets"),
-    "a lonely offset": (lambda t: t.update({f"{Q}.beta": torch.zeros(7)}), f"'{Q}.beta' is unexpected: 13 offsets"),
+    "a single offset": (lambda t: t.update({f"{Q}.beta": torch.zeros(7)}), f"'{Q}.beta' is unexpected: 13 offsets"),
     "an offset of NaN": (lambda t: t["blocks.3.mlp.quant2.beta"].fill_(torch.nan), "quant2.beta' is not finite"),
     "both layouts": (
         lambda t: t.update({"blocks.0.attn.qkv.bias": torch.zeros(576)}),
         "'blocks.0.attn.qkv.bias' is a f",
     ),
-    "neither layout": (
+    "no attention": (
         lambda t: [t.pop(n) for n in [*t] if ".proj_q." in n],
         "no name has 'attn.qkv' or 'attn.proj_q'",
     ),
     "a fused block": (lambda t: [t.pop(n) for n in [*t] if "blocks.7.attn.proj_q." in n], "proj_q.weight' is missing"),
     "a Swin": (
         lambda t: [t.update({f"layers.0.{n}": t.pop(n)}) for n in [*t]],
-        "width 0 and depth 12 .*no Swin",
+        "no Swin-T.* has 0 channels .*and 12 blocks",
     ),
-    "eleven blocks": (lambda t: [t.pop(n) for n in [*t] if n.startswith("blocks.11.")], "width 192 and depth 11"),
-    "no token": (lambda t: t.pop("cls_token"), "width 0 and depth 12"),
+    "eleven blocks": (
+        lambda t: [t.pop(n) for n in [*t] if n.startswith("blocks.11.")],
+        "no DeiT has 192 channels .* and 11 blocks",
+    ),
+    "no token": (lambda t: t.pop("cls_token"), "no DeiT has 0 channels .* and 12 blocks"),
 }
 
 
@@ -203,7 +212,7 @@ def test_a_defect_is_refused_by_name(name, table32):
     assert re.search(message, refusal(spoilt(table32, spoil)))
 
 
-@pytest.mark.parametrize("name", ["a weight is missing", "a name is left over", "half precision", "not a number"])
+@pytest.mark.parametrize("name", ["a weight is missing", "a name is left over", "half precision", "an infinite weight"])
 @pytest.mark.parametrize("layout", [dict, fused], ids=["split", "fused"])
 def test_a_defect_of_float_weights_is_refused_too(name, layout):
     spoil, message = DEFECTS[name]

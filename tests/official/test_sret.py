@@ -1,4 +1,4 @@
-"""SReT-T in the official layout, and in VVTQ's, against what the converter makes of it."""
+"""SReT-T in the official layout and in that of VVTQ: the converted model must compute the same."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ IDENTITY = {"eval_permutation": "identity"}
 
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[Table, Tensor]:
-    """A W4A4 table whose activations took their steps from `images`, and the logits of that pass, float64."""
+    """A W4A4 table whose activations took their steps from `images`, and the logits for these images, float64."""
     table = quantized()
     return table, SReT(table)(images())
 
@@ -46,7 +46,7 @@ def table32(calibrated: tuple[Table, Tensor]) -> Table:
     return float32(with_offsets(calibrated[0], -0.17))
 
 
-def test_the_forward_pass_written_here_is_that_of_the_official_code(calibrated):
+def test_the_forward_pass_of_these_tests_gives_the_logits_of_the_official_code(calibrated):
     table, logits = calibrated
     assert logits[0, :5].tolist() == pytest.approx(LOGITS["w4a4"], abs=1e-7)
     logits = SReT(with_offsets(table, -0.17))(images()[:1])
@@ -60,7 +60,7 @@ def test_the_converted_model_computes_what_the_official_one_does(table32):
     torch.testing.assert_close(ours, SReT(table)(images()[:1]), rtol=0, atol=1e-9)
 
 
-def test_the_tables_written_here_have_the_counts_of_official_files(table32):
+def test_the_tables_of_these_tests_have_the_counts_of_official_files(table32):
     assert len(shapes()) == 387
     assert [len(table) for table in (fill(), fused(fill()), distinct(), fused(distinct()))] == [590, 510, 390, 350]
     assert len(table32) == 1746
@@ -77,7 +77,7 @@ def test_the_tables_written_here_have_the_counts_of_official_files(table32):
     assert [len(names) for names in owners(distinct(), OTHERS)] == [106, 126]
 
 
-def test_every_quantizer_finds_its_site():
+def test_every_quantizer_gives_its_step_to_one_site():
     table = numbered(quantized(2, 3, switch=True))
     for name in table:
         if second := re.match(r"(transformers\.\d\.blocks)\.(2|6|10|14|18)(\..*)", name):
@@ -99,7 +99,7 @@ def test_every_quantizer_finds_its_site():
     assert not found.left
 
 
-def test_the_card_says_what_vvtq_evaluates_with(table32):
+def test_the_card_has_the_widths_and_the_preprocessing_of_vvtq(table32):
     card = convert(table32, classes=("a", "b")).card
     assert card is not None
     assert (card.arch, card.model_args, card.num_classes, card.classes) == (SRET_T, {}, CLASSES, ["a", "b"])
@@ -107,10 +107,10 @@ def test_the_card_says_what_vvtq_evaluates_with(table32):
     assert (card.preprocessing["resize"], card.preprocessing["interpolation"]) == (256, "bilinear")
 
 
-def test_the_order_of_tokens_is_portable_unless_told(table32):
-    model, told = model_of(table32), model_of(table32, model_args=IDENTITY)
+def test_the_order_of_tokens_is_portable_by_default(table32):
+    model, identity = model_of(table32), model_of(table32, model_args=IDENTITY)
     assert model.stages[0].blocks[1].grouping.order[:8].tolist() == [226, 372, 713, 621, 630, 11, 239, 155]
-    assert told.stages[0].blocks[1].grouping.order is None
+    assert identity.stages[0].blocks[1].grouping.order is None
     assert "eval_permutation is 'sorted'" in refusal(table32, model_args={"eval_permutation": "sorted"})
     assert "are float: leave it out here" in refusal(float32(fill()), model_args=IDENTITY)
 
@@ -120,7 +120,7 @@ def test_the_order_of_tokens_is_portable_unless_told(table32):
 def test_float_weights_of_either_layout_are_loaded(layout, caplog):
     with caplog.at_level(logging.WARNING):
         converted = convert(float32(layout(fill())))
-    assert [message[:45] for message in caplog.messages] == ["names cannot tell whether SReT was trained wi"] * (
+    assert [message[:45] for message in caplog.messages] == ["the names do not show whether SReT was traine"] * (
         layout is fused  # published without slices too
     )
     assert converted.card is None
@@ -180,17 +180,17 @@ DEFECTS: dict[str, tuple[Callable[[Table], object], str]] = {
     "a count of floats": (lambda t: t.update({OUTER: t[OUTER].float()}), rf"'{OUTER}' is \(\) .*float32, not .*int64"),
     "SReT-LT": (
         lambda t: t.update({"transformers.0.blocks.0.mlp.fc1.bias": torch.zeros(256)}),
-        r"width 64 .pos_embed. and hidden width 256 .transformers.0.blocks.0.mlp.fc1. tell SReT-LT: only SReT-T",
+        r"64 channels .pos_embed. and 256 hidden ones .transformers.0.* are those of SReT-LT: only SReT-T",
     ),
     "SReT-S": (
         lambda t: t.update(
             {"pos_embed": torch.zeros(1, 126, 28, 28), "transformers.0.blocks.0.mlp.fc1.bias": torch.zeros(378)}
         ),
-        "tell SReT-S: only SReT-T .sret_tiny. is converted",
+        "are those of SReT-S: only SReT-T .sret_tiny. is converted",
     ),
-    "neither": (
+    "no embedding": (
         lambda t: t.pop("pos_embed"),
-        r"width 0 .pos_embed. and hidden width 230 .* tell no SReT that is",
+        r"0 channels .pos_embed. and 230 hidden ones .* are of no known SReT",
     ),
     "a larger grid": (
         lambda t: t.update({"pos_embed": torch.zeros(1, 64, 48, 48)}),

@@ -1,4 +1,4 @@
-"""Swin-T in the official layout, and in VVTQ's, against what the converter makes of it."""
+"""Swin-T in the official layout and in that of VVTQ: the converted model must compute the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat.models import build_float
 from qat.official import convert
-from qat.official.swin import Swin as Family
+from qat.official.swin import SwinLayout
 from qat.recipe import build_recipe
 from qat.sites.insert import FloatSite, sites
 from tests.formula import images
@@ -35,7 +35,7 @@ from tests.official.swin import DEPTHS, LOGITS, OTHERS, SWIN_T, Swin, fill, quan
 
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[Table, Tensor]:
-    """A W4A4 table whose activations took their steps from `images`, and the logits of that pass, float64."""
+    """A W4A4 table whose activations took their steps from `images`, and the logits for these images, float64."""
     table = quantized()
     return table, Swin(table)(images())
 
@@ -50,7 +50,7 @@ def double(table: Table) -> Table:
     return {name: value.double() if value.is_floating_point() else value for name, value in table.items()}
 
 
-def test_the_forward_pass_written_here_is_that_of_the_official_code(calibrated):
+def test_the_forward_pass_of_these_tests_gives_the_logits_of_the_official_code(calibrated):
     table, logits = calibrated
     assert logits[0, :5].tolist() == pytest.approx(LOGITS["w4a4"], abs=1e-7)
     logits = Swin(with_offsets(table, -0.17))(images()[:1])
@@ -63,7 +63,7 @@ def test_the_converted_model_computes_what_the_official_one_does(table32):
     torch.testing.assert_close(ours, Swin(double(table32))(images()[:1]), rtol=0, atol=1e-9)
 
 
-def test_the_table_written_here_has_the_counts_of_an_official_file(table32):
+def test_the_table_of_these_tests_has_the_counts_of_an_official_file(table32):
     assert len(shapes()) == 221
     assert len(table32) == 775
     assert [count(table32, end) for end in ("nbits", "alpha", "init_state", "beta")] == [175, 175, 175, 12]
@@ -80,7 +80,7 @@ def test_the_table_written_here_has_the_counts_of_an_official_file(table32):
     assert [len(names) for names in owners(fill(), OTHERS)] == [77, 98]
 
 
-def test_every_quantizer_finds_its_site():
+def test_every_quantizer_gives_its_step_to_one_site():
     table = numbered(quantized(3, 2, switch=True)) | dict.fromkeys(["patch_embed.quant.init_state"], torch.zeros(1))
     table["patch_embed.quant.alpha"] = torch.zeros(7)
     found = Found(table, 3, 2, switch=True)
@@ -97,7 +97,7 @@ def test_every_quantizer_finds_its_site():
     assert not found.left
 
 
-def test_image_and_merging_stay_in_floating_point(table32):
+def test_the_image_and_the_inputs_of_merging_stay_float(table32):
     card = convert(table32, classes=("a", "b")).card
     assert card is not None
     assert (card.arch, card.model_args, card.num_classes, card.classes) == (SWIN_T, {}, CLASSES, ["a", "b"])
@@ -144,12 +144,12 @@ def test_trained_widths_are_converted_on_request(table32, caplog):
         torch.testing.assert_close(layer(x), Swin(table).linear(name, x))
 
 
-def test_the_architecture_is_told_by_width_and_depth():
+def test_the_architecture_is_inferred_from_channels_and_blocks():
     for width, depth, arch in ((96, 12, "tiny"), (96, 24, "small"), (128, 24, "base")):
         depths = (2, 2, depth - 6, 2)
         table = {f"layers.{s}.blocks.{i}.norm1.bias": torch.zeros(1) for s in range(4) for i in range(depths[s])}
         table["patch_embed.norm.weight"] = torch.zeros(width)
-        assert Family().tell(table) == f"swin_{arch}_patch4_window7_224"
+        assert SwinLayout().find_arch(table) == f"swin_{arch}_patch4_window7_224"
 
 
 R = "layers.0.downsample.reduction"
@@ -165,9 +165,9 @@ DEFECTS: dict[str, tuple[Callable[[Table], object], str]] = {
     "a mask too many": (lambda t: t.update({"layers.3.blocks.1.attn_mask": t[MASK]}), "3.blocks.1.attn_mask' is unexp"),
     "another index": (
         lambda t: t.update({BIAS_INDEX: t[BIAS_INDEX].T.clone()}),
-        f"'{BIAS_INDEX}' is not what swin_tiny",
+        f"'{BIAS_INDEX}' differs from what swin_tiny",
     ),
-    "another mask": (lambda t: t.update({MASK: t[MASK] / 2}), f"'{MASK}' is not what swin_tiny.*computes with"),
+    "another mask": (lambda t: t.update({MASK: t[MASK] / 2}), f"'{MASK}' differs from what swin_tiny.* computes"),
     "an index of floats": (lambda t: t.update({BIAS_INDEX: t[BIAS_INDEX].float()}), r"float32, not \(49, 49\) .*int64"),
     "a bias of merging": (lambda t: t.update({f"{R}.bias": torch.zeros(192)}), f"'{R}.bias' is unexpected"),
     "a quantized input of merging": (
@@ -192,7 +192,7 @@ DEFECTS: dict[str, tuple[Callable[[Table], object], str]] = {
     ),
     "a trained width": (
         lambda t: t.update({f"{R}.nbits": torch.tensor([7.62])}),
-        f"'{R}.nbits' is 7.62, .* computes with 8 bits there: convert it so with --reduction_bits trained",
+        f"'{R}.nbits' is 7.62, .* computes with 8 bits there: give --reduction_bits trained",
     ),
     "an integer width": (lambda t: t.update({f"{R}.nbits": torch.tensor([5.0])}), f"'{R}.nbits' is 5, .* with 5 bits"),
     "a width of NaN": (
@@ -206,9 +206,9 @@ DEFECTS: dict[str, tuple[Callable[[Table], object], str]] = {
     ),
     "a block less": (
         lambda t: [t.pop(n) for n in [*t] if n.startswith("layers.2.blocks.5.")],
-        "width 96 and depth 11 .*no Swin-T, S or B: give its timm name .--arch",
+        "no Swin-T, S or B has 96 channels .* and 11 blocks: give its timm name .--arch",
     ),
-    "no norm": (lambda t: t.pop("patch_embed.norm.weight"), "width 0 and depth 12"),
+    "no norm": (lambda t: t.pop("patch_embed.norm.weight"), "no Swin-T, S or B has 0 channels .* and 12 blocks"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What is seen of the sites of a unit."""
+"""Outputs of a unit, and what reaches its sites."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Calibration from samples of each tensor: what it fills, and what it leaves as it was."""
+"""Calibration from samples of each tensor: what it changes, and what it leaves alone."""
 
 import copy
 

@@ -8,13 +8,13 @@ from qat.errors import QatError
 from qat.models.layers import QuantLayerNorm
 from qat.ptq import Observe
 from qat.ptq.norms import fold, same_function
-from qat.recipe import build_recipe
-from qat.sites.family import family_of
+from qat.quantizers import PTF, IntegerNorm
+from qat.recipe import Rule, build_recipe
+from qat.sites.family import Family, family_of
 from qat.sites.insert import quantize
 from tests.contracts.test_families import MODELS, float_model, images
 
-LINKED = [name for name in MODELS if name != "sret"]
-every_linked = pytest.mark.parametrize("name", LINKED)
+every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def linked(name: str) -> tuple[nn.Module, list]:
@@ -22,40 +22,49 @@ def linked(name: str) -> tuple[nn.Module, list]:
     return model, family_of(model).norm_links(model)
 
 
-@every_linked
+@every_model
 @torch.no_grad()
 def test_a_link_names_what_a_norm_reads_and_the_only_one_that_reads_it(name):
     model, links = linked(name)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    modules = dict(model.named_modules())
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # input and output of every application
 
-    def keep(key: str, before: Tensor, after: Tensor) -> None:
-        seen.setdefault(key, (before.clone(), after.clone()))
+    def keep(key: str, before: object, after: Tensor) -> None:
+        if isinstance(before, Tensor):
+            seen.setdefault(key, []).append((before.flatten().sort().values, after.flatten().sort().values))
 
-    for key, module in modules.items():
+    for key, module in model.named_modules():
         if key:
             module.register_forward_hook(lambda _m, args, out, key=key: keep(key, args[0], out))
     model(images())
     for link in links:
-        before, after = seen[link.norm]
         if link.source is not None:
-            source = seen[link.source][1]
-            assert torch.equal(source.flatten().sort().values, before.flatten().sort().values), link
+            sources = [after for _, after in seen[link.source]]
+            assert all(any(torch.equal(before, x) for x in sources) for before, _ in seen[link.norm]), link
         if link.linear is not None:
-            read = seen[link.linear][0]
-            assert torch.equal(read.flatten().unique(), after.flatten().unique()) or name == "swin_padded", link
+            for (_, after), (read, _) in zip(seen[link.norm], seen[link.linear], strict=True):
+                assert torch.equal(read.unique(), after.unique()) or name == "swin_padded", link
 
 
-@every_linked
+@every_model
 def test_no_norm_before_a_linear_layer_is_forgotten(name):
     _, links = linked(name)
     norms = [link.norm for link in links]
     assert len(set(norms)) == len(norms)
-    blocks = 4 if name.startswith("swin") else 2
-    assert sum(link.linear is not None for link in links) == 2 * blocks + name.startswith("swin")
+    expected = {"swin": 2 * 4 + 1, "swin_padded": 2 * 4 + 1, "sret": 3 * (2 + 2)}.get(name, 2 * 2)
+    assert sum(link.linear is not None for link in links) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in LINKED if name != "swin_padded"])
+def test_a_norm_of_sret_that_reads_two_sites_has_no_source():
+    _, links = linked("sret")
+    sources = {link.norm: link.source for link in links}
+    assert sources["stages.1.blocks.1.norm1"] is None  # the MLP before the block, and the one between its applications
+    assert sources["stages.1.blocks.1.norm2"] == "stages.1.blocks.1.attn_residual_quant"
+    assert (
+        sources["stages.1.mlps.2.norm1"] == sources["stages.1.mlps.3.norm1"] == "stages.1.blocks.1.mlp_residual_quant"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "swin_padded"])
 @torch.no_grad()
 def test_any_ratio_and_shift_leave_the_function_as_it_is(name):
     model, links = linked(name)
@@ -73,17 +82,28 @@ def test_any_ratio_and_shift_leave_the_function_as_it_is(name):
 
 
 @torch.no_grad()
-def test_zeros_of_a_padded_window_are_seen_and_said():
+def test_zeros_of_a_padded_window_are_found_and_reported():
     model, links = linked("swin_padded")
     link = next(link for link in links if link.norm == "layers.0.blocks.0.norm1")
     with pytest.raises(QatError, match="changed the float model"), same_function(model, images()):
         fold(model, link, torch.full((12,), 0.5), torch.ones(12))
 
 
-def test_a_family_without_links_says_so():
-    model = quantize(float_model("sret"), [])
-    with pytest.raises(QatError, match="does not list its LayerNorms"):
-        family_of(model).norm_links(model)
+def test_a_family_without_links_or_units_says_so():
+    class Plain(Family):
+        def check(self, model: nn.Module) -> None:
+            pass
+
+    with pytest.raises(QatError, match="Linear does not list its LayerNorms: choose another method or recipe"):
+        Plain().norm_links(nn.Linear(1, 1))
+    with pytest.raises(QatError, match="Linear is not a chain of units: choose another method of calibration"):
+        Plain().units(nn.Linear(1, 1))
+
+
+def test_an_integer_norm_without_a_single_source_is_refused_by_name():
+    rules = [Rule("*_residual_quant", PTF(8)), Rule("*norm1.output_quant", IntegerNorm(8))]
+    with pytest.raises(QatError, match=r"site 'stages.0.blocks.0.norm1.output_quant': IntegerNorm reads whole numbers"):
+        quantize(float_model("sret"), rules)
 
 
 @pytest.mark.parametrize("recipe", ["fq_vit_888", "fq_vit_884_released"])
@@ -123,13 +143,3 @@ def test_an_integer_norm_refuses_what_is_no_whole_number_of_steps(spec, found):
     rules = [{"match": "blocks.0.attn_residual_quant", "spec": spec}]
     with pytest.raises(QatError, match=rf"'blocks.0.norm2.output_quant': IntegerNorm reads whole numbers.*{found}"):
         quantize(float_model("deit"), build_recipe("fq_vit_888", rules, w_bits=8, a_bits=8))
-
-
-@pytest.mark.parametrize("name", LINKED)
-@torch.no_grad()
-def test_the_units_in_a_row_are_the_model(name):
-    model, _ = linked(name)
-    x = images()
-    for unit in family_of(model).units(model):
-        x = unit.run(x)
-    assert torch.equal(x, model(images()))

@@ -11,21 +11,28 @@ from torch import Tensor, nn
 import qat
 from qat.errors import QatError
 from qat.models import build_float
+from qat.models.vit import ViTFamily
 from qat.ptq import InitSteps, OutputSearch
 from qat.ptq.product_search import ProductSearch
 from qat.quantizers import LSQ, LogIntSoftmaxQuantizer, Uniform
 from qat.recipe import Rule, build_recipe
+from qat.sites.family import Family
 from qat.sites.insert import quantize, quantizers
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 TINY_SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 2), "num_heads": (2, 4)}
-MODELS = {"deit": ("deit_tiny_patch16_224", TINY), "swin": ("swin_tiny_patch4_window7_224", TINY_SWIN)}
+TINY_SRET = {"img_size": 32, "embed_dims": (12, 24), "depths": (1, 2), "num_heads": (2, 4), "groups": ((4, 2), (2, 1))}
+MODELS = {
+    "deit": ("deit_tiny_patch16_224", TINY),
+    "swin": ("swin_tiny_patch4_window7_224", TINY_SWIN),
+    "sret": ("sret_tiny", TINY_SRET),
+}
 FEWSHOT = Path(qat.__file__).parents[1] / "configs/deit_t_fewshot.yaml"
 FEWSHOT_RULES = yaml.safe_load(FEWSHOT.read_text(encoding="utf-8"))["model"]["rules"]
-PRODUCTS = {"deit": 1 + 2 * 6 + 1, "swin": 1 + 3 * 6 + 1 + 1}
+PRODUCTS = {"deit": 1 + 2 * 6 + 1, "swin": 1 + 3 * 6 + 1 + 1, "sret": 3 * (6 + 2 * 2) + 1}  # convolutions of SReT pad
 RECIPES = [
     ("deit", "uniform"), ("deit", "vvtq"), ("deit", "bitlog2_half_16"), ("deit", "fq_vit_884"), ("swin", "uniform"),
-    ("swin", "vvtq"), ("swin", "repq_vit"), ("swin", "fq_vit_884"),
+    ("swin", "vvtq"), ("swin", "repq_vit"), ("swin", "fq_vit_884"), ("sret", "uniform"), ("sret", "vvtq"),
 ]  # fmt: skip
 
 
@@ -206,17 +213,29 @@ def test_a_site_that_no_image_reaches_is_named():
         OutputSearch()(tiny(), [])
 
 
-def test_a_model_that_is_no_chain_is_refused():
-    tiny_sret = {
-        "img_size": 32,
-        "embed_dims": (12, 24),
-        "depths": (1, 2),
-        "num_heads": (2, 4),
-        "groups": ((4, 2), (2, 1)),
-    }
-    model = quantize(build_float("sret_tiny", None, 10, tiny_sret), build_recipe("vvtq", w_bits=4, a_bits=4))
-    with pytest.raises(QatError, match="not a chain of units"):
+def test_a_model_that_is_no_chain_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(ViTFamily, "units", Family.units)
+    model = tiny()
+    with pytest.raises(QatError, match="VisionTransformer is not a chain of units"):
         OutputSearch()(model, batches())
+    assert not any(quantizer.calibrated for _, quantizer in quantizers(model))
+
+
+def test_matrices_of_two_sizes_are_searched_together():
+    """The applications of a block of SReT attend in groups of different size."""
+    model = tiny("sret")
+    sizes, search = [], ProductSearch.search_
+
+    def spy(product: ProductSearch, rounds: int) -> None:
+        sizes.append({x.shape[-2] for x in product.left.tensors if x.ndim == 4})
+        search(product, rounds)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ProductSearch, "search_", spy)
+        OutputSearch()(model, batches())
+    assert [tokens for tokens in sizes if tokens] == [{4, 8}] * 2 + [
+        {2, 4}
+    ] * 4  # q with k, and the probabilities with v
 
 
 def test_a_tensor_that_is_not_finite_is_named():

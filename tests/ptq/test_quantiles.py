@@ -47,7 +47,7 @@ def test_a_case_by_hand():
     torch.testing.assert_close(quantiles(x, (0, 0.5, 0.9)), expected)
 
 
-def test_a_sample_that_misleads_costs_time_only(monkeypatch):
+def test_a_misleading_sample_costs_only_time(monkeypatch):
     x = torch.randn(2, LONG, generator=torch.Generator().manual_seed(2))
     for place in (x[0].argmax(), x[0].argmin()):
         monkeypatch.setattr(torch, "randint", lambda n, size, generator, place=place: torch.full(size, int(place)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.models.layers import QuantLayerNorm, QuantLinear
 from qat.ptq import RepQViT
+from qat.ptq.norms import fold
 from qat.ptq.repq_vit import reparameterize
 from qat.quantizers import Uniform, UniformQuantizer
 from qat.quantizers.spec import Layout
@@ -135,6 +136,27 @@ def test_windows_that_are_padded_are_refused_before_any_work():
         RepQViT()(model, [images(4)])
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) or value.isnan().all() for key, value in before.items())
+
+
+@pytest.mark.parametrize("folds", [0, 2])
+def test_an_interrupt_between_folds_leaves_the_model_as_it_was(folds, monkeypatch):
+    """Otherwise some norms would be folded, and the float model would be another one."""
+    model, done = quantize(float_model("deit"), build_recipe("repq_vit", w_bits=4, a_bits=4)), []
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def fold_some(*args: object, **options: object) -> None:
+        if len(done) == folds:
+            raise KeyboardInterrupt
+        done.append(fold(*args, **options))
+
+    monkeypatch.setattr("qat.ptq.repq_vit.fold", fold_some)
+    with pytest.raises(KeyboardInterrupt):
+        RepQViT()(model, [images(4)])
+    after = model.state_dict()
+    assert all(
+        torch.equal(value, after[key]) or (value.isnan().all() and after[key].isnan().all())
+        for key, value in before.items()
+    )
 
 
 @pytest.mark.parametrize("shares", [[], [2.0], [0.3]])

@@ -1,11 +1,11 @@
-"""Observers: the numbers of released FQ-ViT, and what they keep."""
+"""Running ranges: the numbers of released FQ-ViT's observers, and which samples are kept."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from qat.ptq.running_range import EMA, KINDS, OMSE, MinMax, Percentile, Samples, running_range_for
+from qat.ptq.running_range import EMA, OBSERVERS, OMSE, MinMax, Percentile, Samples, running_range_for
 from qat.quantizers import LSQ, PTF, Uniform, UniformQuantizer
 from qat.quantizers.spec import Layout
 
@@ -38,11 +38,11 @@ def draw(seed: int, groups: int = 1, n: int = 2000) -> Tensor:
 )
 def test_activations_of_the_released_code(kind, low, high, step):
     quantizer = UINT8.build(layout())
-    observer = kind(quantizer)
+    running = kind(quantizer)
     for batch in BATCHES:
-        observer.see(batch)
-    observer.fit_()
-    assert [end.item() for end in observer.range()] == pytest.approx([low, high])
+        running.update(batch)
+    running.calibrate_()
+    assert [end.item() for end in running.range()] == pytest.approx([low, high])
     assert quantizer.step.item() == pytest.approx(step)
     assert quantizer.zero_point.item() == 64
 
@@ -51,18 +51,18 @@ def test_weights_of_the_released_code():
     weight = torch.tensor([[0.5, -1, 0.25], [0.1, 0.2, -0.05]]).double()  # -1 is halfway between -127 and -128
     spec = Uniform(8, signed=True, zero="none", granularity="channel")
     quantizer = spec.build(Layout(0, 2, batched=False)).double()
-    observer = MinMax(quantizer)
-    observer.see(quantizer.grouped(weight))
-    observer.fit_()
+    running = MinMax(quantizer)
+    running.update(quantizer.grouped(weight))
+    running.calibrate_()
     torch.testing.assert_close(quantizer.step.data, torch.tensor([0.00784313725, 0.00156862745]).double())
     assert quantizer.encode(weight).tolist() == [[64, -128, 32], [64, 127, -32]]
 
 
 def test_a_range_without_zero_loses_its_top_as_released():
     quantizer = UINT8.build(layout())
-    observer = MinMax(quantizer)
-    observer.see(torch.tensor([[2.0, 5, 3, 4]]))
-    observer.fit_()
+    running = MinMax(quantizer)
+    running.update(torch.tensor([[2.0, 5, 3, 4]]))
+    running.calibrate_()
     torch.testing.assert_close(quantizer(torch.tensor([2.0, 5, 3, 4])).detach(), torch.tensor([2.0, 3, 3, 3]))
 
 
@@ -70,10 +70,10 @@ def test_omse_is_the_best_of_ninety_ranges_on_samples_of_all_batches():
     batches = [draw(seed) for seed in range(3)]
     batches[0][0, 0] = 60  # an outlier of the first batch; the released code would not see it
     quantizer, trial = Uniform(4).build(layout()), Uniform(4).build(layout())
-    observer = OMSE(quantizer)
+    running = OMSE(quantizer)
     for batch in batches:
-        observer.see(batch)
-    observer.fit_()
+        running.update(batch)
+    running.calibrate_()
     x = torch.cat(batches, 1)
     scores = []
     for i in range(90):
@@ -81,25 +81,25 @@ def test_omse_is_the_best_of_ninety_ranges_on_samples_of_all_batches():
         scores.append((trial(x).detach() - x).square().mean().item())
     best = 1 - 0.01 * int(np.argmin(scores))
     assert 0.11 <= best < 1
-    assert observer.range()[1].item() == pytest.approx(60 * best)
+    assert running.range()[1].item() == pytest.approx(60 * best)
     trial.set_range_(x.amin(1) * best, x.amax(1) * best)
     torch.testing.assert_close(quantizer.step, trial.step)
 
 
-@pytest.mark.parametrize("kind", KINDS.values())
+@pytest.mark.parametrize("kind", OBSERVERS.values())
 def test_every_group_is_observed_alone(kind):
     scale = torch.tensor([1.0, 10.0, 0.1])[:, None]
     together = Uniform(4).build(layout(3))
-    observer = kind(together)
+    running = kind(together)
     for seed in range(2):
-        observer.see(draw(seed, 3) * scale)
-    observer.fit_()
+        running.update(draw(seed, 3) * scale)
+    running.calibrate_()
     for group in range(3):
         alone = Uniform(4).build(layout())
-        observer = kind(alone)
+        running = kind(alone)
         for seed in range(2):
-            observer.see((draw(seed, 3) * scale)[group : group + 1])
-        observer.fit_()
+            running.update((draw(seed, 3) * scale)[group : group + 1])
+        running.calibrate_()
         torch.testing.assert_close(together.step[group], alone.step[0])
 
 
@@ -107,8 +107,8 @@ def test_samples_are_bounded_and_repeatable():
     def kept(seed: int) -> Tensor:
         samples = Samples(50, torch.Generator().manual_seed(seed))
         for batch in range(3):
-            samples.see(draw(batch, 2))
-        samples.see(draw(9, 2, n=7))  # a small batch is kept whole
+            samples.update(draw(batch, 2))
+        samples.update(draw(9, 2, n=7))  # a small batch is kept whole
         return samples.joined()
 
     assert kept(0).shape == (2, 157)
@@ -119,15 +119,15 @@ def test_samples_are_bounded_and_repeatable():
 
 def test_values_are_kept_only_where_they_are_needed():
     for kind in (MinMax, EMA, Percentile):
-        observer = kind(LSQ(4).build(layout()))
-        observer.see(draw(0))
-        assert not observer.kept._parts
-    observer = OMSE(LSQ(4).build(layout(4)), samples=100)
-    observer.see(draw(0, 4))
-    assert observer.kept.joined().shape == (4, 25)  # the bound is of all groups together
+        running = kind(LSQ(4).build(layout()))
+        running.update(draw(0))
+        assert not running.kept._parts
+    running = OMSE(LSQ(4).build(layout(4)), samples=100)
+    running.update(draw(0, 4))
+    assert running.kept.joined().shape == (4, 25)  # the bound is of all groups together
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OBSERVERS)
 def test_powers_of_two_have_the_range_of_all_values_and_the_shifts_of_the_samples(kind):
     tokens = torch.tensor(
         [
@@ -138,19 +138,19 @@ def test_powers_of_two_have_the_range_of_all_values_and_the_shifts_of_the_sample
         ]
     )
     quantizer = PTF(8, zero="clipped").build(layout(5))
-    observer = running_range_for(quantizer, kind, samples=100, seed=0)
+    running = running_range_for(quantizer, kind, samples=100, seed=0)
     for batch in tokens.chunk(2):
-        observer.see(quantizer.grouped(batch))
-    observer.fit_()
+        running.update(quantizer.grouped(batch))
+    running.calibrate_()
     assert quantizer.step.item() == pytest.approx(0.0125)
     assert quantizer.zero_point.item() == 127
     assert quantizer.shift.tolist() == [0, 0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OBSERVERS)
 def test_a_kind_without_a_range_starts_from_the_samples(kind):
     quantizer = Rangeless(Uniform(4), layout())
-    observer = running_range_for(quantizer, kind, samples=30, seed=0)
-    observer.see(draw(0))
-    observer.fit_()
+    running = running_range_for(quantizer, kind, samples=30, seed=0)
+    running.update(draw(0))
+    running.calibrate_()
     assert quantizer.started_from.shape == (1, 30)

@@ -33,7 +33,7 @@ class TestMetricsFile:
         assert metrics.rows == 3
         assert not list(tmp_path.glob("*.part"))
 
-    def test_goes_on_after_the_entries_of_its_checkpoint(self, tmp_path: Path) -> None:
+    def test_a_resumed_run_logs_again_what_came_after_its_checkpoint(self, tmp_path: Path) -> None:
         killed = MetricsFile(tmp_path, flush_every=1)
         for step in range(5):
             killed.log_metrics({"loss": float(step)}, step)
@@ -67,7 +67,7 @@ def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_the_newest_run_goes_on(tmp_path: Path) -> None:
+def test_the_newest_run_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(QatError, match="no run in"):
         last_folder(tmp_path)
     for date in ("2026-01-01_00-00-00", "2026-02-01_00-00-00"):

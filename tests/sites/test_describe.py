@@ -77,7 +77,7 @@ def test_measuring_leaves_the_model_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_row_says_all_about_its_site():
+def test_a_row_has_spec_layout_and_state_of_its_site():
     rows = {row.site: row for row in describe(tiny())}
     weight = rows["blocks.1.attn.qkv.weight_quant"]
     assert (weight.quantizer, weight.bits, weight.levels) == ("LSQ", 4, 16)

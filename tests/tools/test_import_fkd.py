@@ -1,9 +1,7 @@
-"""A set of FKD becomes a store, also after it was stopped; what does not fit is refused and loses nothing."""
+"""A set of FKD becomes a store, also after an interruption, and label files that do not fit are refused."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import h5py
@@ -11,19 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from qat.data.crops import CropLaw, draw
+from qat.data.crops import CropDistribution, draw
 from qat.data.decode import decode
 from qat.data.folder import find_images
-from qat.data.softlabels.reader import ReplayView, SoftLabels
+from qat.data.softlabels.fkd import LabelFolder
+from qat.data.softlabels.reader import SoftLabels
+from qat.data.softlabels.replay import ReplayView
 from qat.data.streams import rng_for
 from tests.conftest import CLASSES, write_images
-
-spec = importlib.util.spec_from_file_location("import_fkd", Path(__file__).parents[2] / "tools/import_fkd.py")
-assert spec is not None
-assert spec.loader is not None
-tool = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = tool  # where a dataclass looks for its types
-spec.loader.exec_module(tool)
+from tools.import_fkd import main
 
 M, H, W = 12, 40, 44
 
@@ -41,7 +35,7 @@ def write_labels(folder: Path, data: Path, dtype: type = np.float32) -> dict[str
     """A file for every image below a folder, of labels with one class; their contents, and the boxes in pixels."""
     made = {}
     for index, path in enumerate(find_images(data / "train")):
-        crops = [draw(CropLaw((0.08, 0.936)), H, W, rng_for(0, 0, 100 * index + m)) for m in range(M)]
+        crops = [draw(CropDistribution((0.08, 0.936)), H, W, rng_for(0, 0, 100 * index + m)) for m in range(M)]
         boxes = np.array([[c.top, c.left, c.height, c.width] for c in crops])
         rng = np.random.default_rng(index)
         labels = np.stack([rng.integers(0, 3, M), rng.uniform(0.4, 1, M)], 1).astype(dtype)
@@ -55,12 +49,12 @@ def write_labels(folder: Path, data: Path, dtype: type = np.float32) -> dict[str
 
 @pytest.fixture
 def command(tmp_path, data, capsys):
-    """Run the tool on the folder ``set``; its exit code and what it wrote to stderr."""
+    """Run the command on the folder ``set``; its exit code and what it wrote to stderr."""
 
     def call(*options: str, label_type: str = "smoothing", trust: str = "true") -> tuple[int, str]:
         given = ["--data.root", data, "--teacher", "l2", "--out", tmp_path / "out.h5", "--label_type", label_type]
         capsys.readouterr()
-        code = tool.main([str(tmp_path / "set"), *map(str, given), "--trust_pickles", trust, *options])
+        code = main([str(tmp_path / "set"), *map(str, given), "--trust_pickles", trust, *options])
         return code, capsys.readouterr().err
 
     return call
@@ -81,12 +75,12 @@ def test_a_set_is_imported_and_replayed(layout, dtype, command, data, tmp_path):
     assert (header.teacher_input_size, header.teacher_interpolation) == (475, "bicubic")
     assert header.crop_scale == (0.08, 0.936)
     for index, path in enumerate(paths):
-        row, (boxes, flips, expected) = labels.row(index), made[path]
-        assert np.array_equal(row.boxes, boxes)
-        assert np.array_equal(row.flips, flips)
-        assert np.array_equal(row.classes[:, 0], expected[:, 0])
-        assert np.array_equal(row.probs[:, 0], expected[:, 1].astype(np.float16))
-        assert row.image_size == (H, W)
+        stored, (boxes, flips, expected) = labels.read(index), made[path]
+        assert np.array_equal(stored.boxes, boxes)
+        assert np.array_equal(stored.flips, flips)
+        assert np.array_equal(stored.classes[:, 0], expected[:, 0])
+        assert np.array_equal(stored.probs[:, 0], expected[:, 1].astype(np.float16))
+        assert stored.image_size == (H, W)
 
     view, out = ReplayView(labels, np.arange(6), 32, "bilinear", 4, 0, 0), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     soft_labels = view(decode(data / "train" / paths[3]), 3, out)
@@ -103,14 +97,14 @@ def test_options_are_stored(command, data, tmp_path):
     assert header.temperature == 2
 
 
-def test_a_damaged_file_loses_nothing_and_a_restart_goes_on(command, data, tmp_path):
+def test_a_damaged_file_loses_nothing_and_a_restart_continues(command, data, tmp_path):
     made = write_labels(tmp_path / "set", data)
     damaged = tmp_path / "set/bee/x.tar"
     good = damaged.read_bytes()
     damaged.write_bytes(good[:100])
     code, error = command()
     assert code == 2
-    assert error.startswith(f"import_fkd: error: cannot read {damaged}, it may be damaged or incomplete")
+    assert error.startswith(f"qat: error: cannot read {damaged}, it may be damaged or incomplete")
     assert error.count("\n") == 1
     with h5py.File(tmp_path / "out.h5") as file:
         assert file["done"][:].tolist() == [1, 1, 1, 0, 0, 0]
@@ -120,15 +114,15 @@ def test_a_damaged_file_loses_nothing_and_a_restart_goes_on(command, data, tmp_p
     labels = SoftLabels(tmp_path / "out.h5")
     assert labels.done.all()
     for index, path in enumerate(find_images(data / "train")):
-        assert np.array_equal(labels.row(index).boxes, made[path][0])
+        assert np.array_equal(labels.read(index).boxes, made[path][0])
 
 
 def test_rows_that_are_done_are_not_read_again(command, data, tmp_path, monkeypatch):
     write_labels(tmp_path / "set", data)
     assert command()[0] == 0
     read = []
-    row = tool.LabelFolder.row
-    monkeypatch.setattr(tool.LabelFolder, "row", lambda self, path, *more: read.append(path) or row(self, path, *more))
+    original = LabelFolder.read
+    monkeypatch.setattr(LabelFolder, "read", lambda self, path, *more: read.append(path) or original(self, path, *more))
     assert command() == (0, "")
     assert read == ["ant/0.png"]  # the look at the first file
 
@@ -141,7 +135,7 @@ def test_a_restart_with_other_options_is_refused(command, data, tmp_path):
     assert "teacher_input_size 475 -> 300, interpolation bicubic -> bilinear" in error
     (data / "train/cat/0.png").unlink()
     find_images.cache_clear()
-    assert "labels are of other images than those of data.root: first, 'cat/x.y.z.png' is here" in command()[1]
+    assert "labels were made on other images than those of data.root: first, 'cat/x.y.z.png' is here" in command()[1]
     find_images.cache_clear()
 
 

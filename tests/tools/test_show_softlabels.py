@@ -1,4 +1,4 @@
-"""The picture of an image, its crops and their labels."""
+"""The picture shows an image, its crops and their labels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from qat.data.crops import Crop, CropLaw, draw, replay
+from qat.data.crops import Crop, CropDistribution, draw, replay
 from qat.data.decode import decode
 from qat.data.folder import class_names, find_images, wnids
 from qat.data.softlabels.reader import SoftLabels
-from qat.data.softlabels.store import Header, Row, create, sha256_of
+from qat.data.softlabels.store import Header, ImageLabels, create, sha256_of
 from qat.data.softlabels.writer import Writer
 from qat.data.streams import rng_for
 from tests.conftest import write_images
@@ -46,11 +46,11 @@ def write_store(root: Path, label_type: str = "marginal_smoothing", rows: int = 
     create(store, header, paths, classes, "test")
     with Writer(store) as writer:
         for index in range(rows):
-            crops = [draw(CropLaw(), 40, 44, rng_for(0, index, m)) for m in range(M)]
+            crops = [draw(CropDistribution(), 40, 44, rng_for(0, index, m)) for m in range(M)]
             boxes = np.array([[c.top, c.left, c.height, c.width] for c in crops], np.uint16)
             flips = np.array([c.flip for c in crops])
             given = np.array([[1, 2][:k]] * M, np.uint16), np.array([[0.5, 0.25][:k]] * M, np.float16)
-            writer.put(index, Row(boxes, flips, *given, (40, 44)))
+            writer.put(index, ImageLabels(boxes, flips, *given, (40, 44)))
     return store
 
 
@@ -93,8 +93,8 @@ def test_what_is_shown_is_what_is_trained_on(label_type, root):
     expected = [("bee", first, True)] + ([] if second is None else [("cat", second, False)])
     for (name, prob, true), (name_, prob_, true_) in zip(scene.crops[3].labels, expected, strict=True):
         assert (name, true, prob) == (name_, true_, pytest.approx(prob_))
-    pixels, row = decode(root / "train/bee/1.png"), SoftLabels(store).row(3)
-    for shown, box, flip in zip(scene.crops, row.boxes.tolist(), row.flips.tolist(), strict=False):
+    pixels, stored = decode(root / "train/bee/1.png"), SoftLabels(store).read(3)
+    for shown, box, flip in zip(scene.crops, stored.boxes.tolist(), stored.flips.tolist(), strict=False):
         assert shown.crop == Crop(*box, flip)
         assert torch.equal(shown.pixels, replay(pixels, [Crop(*box, flip)], 224, "bilinear")[0])
         assert shown.title == (f"{shown.number} ⇄" if flip else str(shown.number))
@@ -141,7 +141,7 @@ def test_a_store_of_other_images_is_refused(command, root):
     assert "30 x 20 pixels, but its soft labels were made on 44 x 40" in command(store)[1]
     (root / "train/ant/0.png").rename(root / "train/ant/2.png")
     find_images.cache_clear()
-    assert "is of other images" in command(store)[1]
+    assert "was made on other images" in command(store)[1]
     find_images.cache_clear()
 
 
@@ -174,7 +174,8 @@ def test_classes_are_named_in_words():
 
 
 def test_numbers_lie_in_their_boxes_and_apart():
-    crops = [draw(CropLaw((0.2, 0.936)), 375, 500, rng_for(0, 0, i)) for i in range(8)] + [Crop(0, 0, 375, 500, True)]
+    drawn = [draw(CropDistribution((0.2, 0.936)), 375, 500, rng_for(0, 0, i)) for i in range(8)]
+    crops = [*drawn, Crop(0, 0, 375, 500, True)]
     places = tool.tags(crops, [35.0] * 9, 20.0, (375, 500))
     for crop, (left, top, right, bottom) in zip(crops, places, strict=True):
         assert crop.left <= left < right <= crop.left + crop.width
@@ -188,7 +189,7 @@ def test_numbers_lie_in_their_boxes_and_apart():
 def test_no_text_runs_into_another(root):
     from matplotlib.figure import Figure
 
-    crop, long = draw(CropLaw(), 400, 500, rng_for(0, 0, 0)), "American Staffordshire terrier"
+    crop, long = draw(CropDistribution(), 400, 500, rng_for(0, 0, 0)), "American Staffordshire terrier"
     labels = [(long, 1.0, True), (long, 0.3, False)]
     shown = [tool.Shown(i + 1, crop, torch.zeros(3, 224, 224, dtype=torch.uint8), labels) for i in range(3)]
     figure = Figure(dpi=110)

@@ -46,7 +46,31 @@ def test_extremes_of_eight_bits_do_not_overflow() -> None:
     assert int(state.total) == 1
 
 
-def test_state_goes_on_in_another_object() -> None:
+def test_an_unsigned_weight_freezes_at_its_code() -> None:
+    """A code of 200 does not fit into int8."""
+    state = Freezable(torch.tensor([200, 3], dtype=torch.uint8), 0.5)
+    for code in (201, 200, 201, 200):
+        state.update(torch.tensor([code, 3], dtype=torch.uint8))
+    # the mean of the first: 200.5, 200.25, 200.625, 200.3125
+    assert state.mean.tolist() == [200.3125, 3.0]
+    assert state.direction.tolist() == [1, 0]  # from 201 down to 200
+    state.freeze(threshold=0.3)
+    assert state.frozen.tolist() == [True, False]
+    assert state.codes.tolist() == [200, 3]
+    assert (state.codes.dtype, state.direction.dtype) == (torch.uint8, torch.int8)
+
+
+def test_states_of_older_checkpoints_load() -> None:
+    """Unsigned codes and their directions were int16 there, and frozen codes above 127 had wrapped around."""
+    state = Freezable(torch.tensor([0, 0], dtype=torch.uint8), 0.5)
+    old = {"codes": torch.tensor([-56, 199], dtype=torch.int16), "direction": torch.tensor([-1, 1], dtype=torch.int16)}
+    state.load_state_dict(old)
+    assert state.codes.tolist() == [200, 199]
+    assert state.direction.tolist() == [-1, 1]
+    assert (state.codes.dtype, state.direction.dtype) == (torch.uint8, torch.int8)
+
+
+def test_a_state_resumes_in_another_object() -> None:
     whole, first = start(0.1, 0, Freezable), start(0.1, 0, Freezable)
     follow(whole, [1, 0, 1, 2])
     follow(first, [1, 0])

@@ -1,129 +1,138 @@
-"""Reading a store of soft labels at random, in many processes. Shapes: M crops of an image, m chosen, k classes.
+"""Reading a store of soft labels at random, in many processes.
 
-A row is read with one system call for each of its three parts, without HDF5, whose handles and locks do not survive a
-fork. The file is opened by each process when it first reads.
+Shapes: N images, M crops of each, m of them chosen, k stored classes.
+
+HDF5 says once where the data sets are. The labels of an image are then read without HDF5, whose handles and locks do
+not survive a fork. Each process opens the file when it first reads. The memory for a row is allocated once, because new
+memory of 14 kB for every image would take several times as long as the read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
-from qat.data.crops import replay
 from qat.data.folder import find_images
-from qat.data.images import TopK
-from qat.data.softlabels.store import (
-    HARD,
-    MARGINAL_RENORM,
-    Header,
-    Row,
-    first_difference,
-    names_in,
-    open_store,
-    sha256_of,
-)
-from qat.data.streams import rng_for
+from qat.data.softlabels.opening import first_difference, names_in, open_store
+from qat.data.softlabels.store import Header, ImageLabels, sha256_of
 from qat.errors import QatError
 
-LOOKED_AT = 8  # images whose size is compared before training starts
+COMPARED = 8  # images whose size is compared before training starts
 
 
 class SoftLabels:
-    """A finished or unfinished store; QatError if it is not one.
+    """A store to read from, finished or not, in any number of processes but in one thread of each.
+
+    Raises:
+        QatError: the file is not a store.
 
     Attributes:
+        path: the file.
         header: how the labels were made.
-        done: (N,) bool, images that have labels.
+        done: (N,) bool, which images have labels.
     """
 
     def __init__(self, path: Path) -> None:
-        self._opened: tuple[int, int] | None = None  # process, file descriptor
+        self._file: io.FileIO | None = None  # belongs to the process _pid, which opened it
+        self._pid = 0
         self.path = path
-        with open_store(path) as file:
-            self._file = _identity(path.stat())
+        with open_store(path) as file, io.FileIO(path) as raw:
+            self._identity = _identity(raw)
             self.header = Header.from_attrs(file.attrs, path)
             self.done: npt.NDArray[np.bool_] = file["done"][:].astype(bool)
-            self._offsets = [file[name].id.get_offset() for name in ("crops", "flip", "image_size")]
+            self._sizes: npt.NDArray[np.uint16] = file["image_size"][:]  # 5 MB for ImageNet
+            self._crops, self._flips = (_Rows(file[name]) for name in ("crops", "flip"))
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_file": None}
 
     def __del__(self) -> None:
-        if self._opened is not None and self._opened[0] == os.getpid():
-            os.close(self._opened[1])
+        if self._file is not None:
+            self._file.close()
 
     @classmethod
     def of(
-        cls, path: Path, folder: Path, classes: Sequence[str], law: Mapping[str, object], partial: bool
+        cls, path: Path, folder: Path, classes: Sequence[str], crop_options: Mapping[str, object], partial: bool
     ) -> SoftLabels:
-        """The store for training on the images of ``folder``; QatError when it cannot be used for that.
+        """Open a store and check that it fits the images to train on.
 
         Args:
-            path: of the store.
-            folder: root/train.
-            classes: in label order.
-            law: crop options that were given (scale, ratio, flip); they must be those of the store.
-            partial: an unfinished store will do.
+            path: the store.
+            folder: root/train, which holds the images.
+            classes: class names in the order of their labels.
+            crop_options: those of scale, ratio and flip that were given; they must be those of the store.
+            partial: accept an unfinished store.
+
+        Raises:
+            QatError: the store cannot be used for training on these images.
         """
         labels = cls(path)
-        labels.check_law(law)
+        labels.check_crop_options(crop_options)
         labels.check_images(folder, find_images(folder), classes)
         labels.check_finished(partial)
         return labels
 
-    def row(self, index: int) -> Row:
-        """The labels of one image; QatError if it has none, or if the file has changed."""
+    def read(self, index: int, crops: npt.NDArray[np.int64] | None = None) -> ImageLabels:
+        """The labels of one image.
+
+        Args:
+            index: number of the image.
+            crops: numbers of the m crops to return, in this order; all M when None.
+
+        Raises:
+            QatError: the image has no labels, or the file has changed.
+        """
         if not self.done[index]:
             raise QatError(f"{self.path} has no labels yet for image {index}")
-        crops, top_k = self.header.num_crops, self.header.top_k
-        values = self._read(0, index, 2 * crops * (4 + 2 * top_k)).view(np.uint16).reshape(crops, 4 + 2 * top_k)
-        flips = np.unpackbits(self._read(1, index, -(-crops // 8)), count=crops, bitorder="little")
-        height, width = self._read(2, index, 4).view(np.uint16).tolist()
-        probs = values[:, 4 + top_k :].view(np.float16)
-        return Row(values[:, :4], flips.view(np.bool_), values[:, 4 : 4 + top_k], probs, (height, width))
-
-    def _read(self, part: int, index: int, size: int) -> npt.NDArray[np.uint8]:
-        """The ``size`` bytes of a row."""
         try:
-            if self._opened is None or self._opened[0] != os.getpid():
-                self._opened = (os.getpid(), os.open(self.path, os.O_RDONLY))
-                if _identity(os.fstat(self._opened[1])) != self._file:
-                    raise QatError(f"{self.path} is another file than when training began")
-            content = os.pread(self._opened[1], size, self._offsets[part] + index * size)
+            file = self._opened()
+            complete = self._crops.read(file, index) and self._flips.read(file, index)
         except OSError as error:
             raise QatError(f"cannot read the soft labels {self.path}: {error.strerror}") from None
-        if len(content) != size:
+        if not complete:
             raise QatError(f"{self.path} has become shorter: it was complete when it was opened")
-        return np.frombuffer(content, np.uint8)
+        some = np.arange(self.header.num_crops) if crops is None else crops
+        bits, top_k = self._flips.content.tobytes(), self.header.top_k
+        flips = np.array([bits[crop >> 3] >> (crop & 7) & 1 for crop in some.tolist()], np.bool_)
+        columns = self._crops.content.take(some, 0)  # (m, 4 + 2k), a copy
+        probs = columns[:, 4 + top_k :].view(np.float16)
+        height, width = self._sizes[index].tolist()
+        return ImageLabels(columns[:, :4], flips, columns[:, 4 : 4 + top_k], probs, (height, width))
+
+    def _opened(self) -> io.FileIO:
+        """The file, opened by this process; QatError if another file has taken its place."""
+        if self._file is None or self._pid != os.getpid():
+            self._file, self._pid = io.FileIO(self.path), os.getpid()
+            if _identity(self._file) != self._identity:
+                raise QatError(f"{self.path} is another file than when training began")
+        return self._file
 
     def check_images(self, folder: Path, paths: Sequence[str], classes: Sequence[str]) -> None:
-        """QatError, with the first difference, unless the labels are those of these images and classes."""
+        """QatError, with the first difference, unless the labels were made on these images and classes."""
         with open_store(self.path) as file:
             if sha256_of(classes) != self.header.class_list_sha256:
                 raise QatError(
-                    f"{self.path} is of other classes: {first_difference(names_in(file, 'class_name'), classes)}"
+                    f"{self.path} was made on other classes: {first_difference(names_in(file, 'class_name'), classes)}"
                 )
             if sha256_of(paths) != self.header.path_list_sha256:
-                raise QatError(
-                    f"{self.path} is of other images than {folder}: {first_difference(names_in(file, 'path'), paths)}"
-                )
+                difference = first_difference(names_in(file, "path"), paths)
+                raise QatError(f"{self.path} was made on other images than those of {folder}: {difference}")
         finished = np.flatnonzero(self.done)
-        for index in finished[:: max(1, len(finished) // LOOKED_AT)]:
+        for index in finished[:: max(1, len(finished) // COMPARED)]:
             try:
                 with Image.open(folder / paths[index]) as image:
                     size = (image.height, image.width)
             except Exception:  # an unreadable image is reported when its turn comes
                 continue
-            check_size(self.row(index).image_size, size, f"{folder / paths[index]}: ")
+            check_size(self.read(index).image_size, size, f"{folder / paths[index]}: ")
 
     def check_finished(self, partial: bool) -> None:
         """QatError for a store in which labels are missing, unless ``partial`` and there are some."""
@@ -131,11 +140,11 @@ class SoftLabels:
             way_out = "" if partial else ", or train on those with data.softlabels_partial true"
             raise QatError(
                 f"{self.path} is not finished, {self.done.sum()} of {len(self.done)} images have labels: run "
-                f"tools/make_softlabels.py again{way_out}"
+                f"qat make-softlabels again{way_out}"
             )
 
-    def check_law(self, given: Mapping[str, object]) -> None:
-        """QatError when options (scale, ratio, flip) ask for other crops than those that are stored."""
+    def check_crop_options(self, given: Mapping[str, object]) -> None:
+        """QatError when a given option (scale, ratio or flip) differs from that of the stored crops."""
         stored = {"scale": self.header.crop_scale, "ratio": self.header.crop_ratio, "flip": self.header.flip_p}
         for name, value in given.items():
             if not np.allclose(stored[name], value):  # type: ignore[arg-type]
@@ -143,72 +152,38 @@ class SoftLabels:
                 raise QatError(f"{option} is {value}, but the crops of {self.path} have {stored[name]}: set it to null")
 
     def __str__(self) -> str:
-        """Teacher, crops and a hash of all that decides the labels."""
+        """Teacher, number of crops and a hash of the header, which decides the labels."""
         header = self.header
         digest = hashlib.sha256(repr(header).encode()).hexdigest()[:8]
         return f"{header.teacher}, {header.num_crops} crops, top {header.top_k} of {header.num_classes}, {digest}"
 
 
-def _identity(file: os.stat_result) -> tuple[int, int]:
-    return file.st_dev, file.st_ino
+class _Rows:
+    """The rows of a data set, one for each image; ``content`` holds the row that was read last."""
+
+    def __init__(self, data: h5py.Dataset) -> None:
+        self.offset: int = data.id.get_offset()  # bytes before the first row
+        self.content = np.empty(data.shape[1:], data.dtype)
+        self.size = self.content.nbytes
+
+    def read(self, file: io.FileIO, index: int) -> bool:
+        """Read a row; whether the file has all of it."""
+        start = self.offset + index * self.size
+        if hasattr(os, "preadv"):
+            return os.preadv(file.fileno(), (self.content.data,), start) == self.size
+        file.seek(start)  # Windows
+        return file.readinto(self.content.data) == self.size
 
 
-def check_size(labelled: tuple[int, int], found: tuple[int, int], place: str = "") -> None:
-    """QatError when an image has another height and width than the one whose crops were labelled."""
-    if labelled != found:
+def _identity(file: io.FileIO) -> tuple[int, int]:
+    """What distinguishes a file from another one of the same name."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino
+
+
+def check_size(labeled: tuple[int, int], found: tuple[int, int], place: str = "") -> None:
+    """QatError when an image has another height or width than the image whose crops were labeled."""
+    if labeled != found:
         raise QatError(
-            f"{place}{found[1]} x {found[0]} pixels, but its soft labels were made on {labelled[1]} x {labelled[0]}"
+            f"{place}{found[1]} x {found[0]} pixels, but its soft labels were made on {labeled[1]} x {labeled[0]}"
         )
-
-
-def chosen(seed: int, index: int, crops: int, first: int, count: int) -> npt.NDArray[np.int64]:
-    """Which ``count`` of an image's crops come after ``first`` others; none comes again before all were used."""
-    found = []
-    while count:
-        turn, place = divmod(first, crops)
-        found.append(rng_for(seed, turn, index).permutation(crops)[place : place + count])
-        first, count = first + len(found[-1]), count - len(found[-1])
-    return np.concatenate(found)
-
-
-def recover(header: Header, classes: npt.NDArray[np.uint16], probs: npt.NDArray[np.float16]) -> TopK:
-    """Stored classes and probabilities (m, k) as labels for the loss, which spreads what they lack of 1."""
-    values = torch.from_numpy(probs.astype(np.float32))
-    if header.label_type == HARD:
-        values = torch.ones_like(values)
-    elif header.label_type == MARGINAL_RENORM:
-        values = values / values.sum(1, keepdim=True)
-    return TopK(torch.from_numpy(classes.astype(np.int64)), values)
-
-
-@dataclass(frozen=True, eq=False)
-class ReplayView:
-    """The next m crops of an image and their labels; which they are depends on (seed, image, crops before) alone.
-
-    Args:
-        labels: the store.
-        rows: row of every image.
-        size: S, side of what the student sees.
-        interpolation: how crops are resized.
-        count: m.
-        seed: of the order of the crops.
-        before: crops that every image gave in earlier passes.
-    """
-
-    labels: SoftLabels
-    rows: npt.NDArray[np.int64]
-    size: int
-    interpolation: str
-    count: int
-    seed: int
-    before: int
-
-    def __call__(self, image: Tensor, index: int, out: Tensor) -> TopK:
-        """Write the crops of one RGB image; QatError when its labels are of an image of another size."""
-        index = int(self.rows[index])
-        row, header = self.labels.row(index), self.labels.header
-        check_size(row.image_size, (image.shape[1], image.shape[2]))
-        row = row.take(chosen(self.seed, index, header.num_crops, self.before, self.count))
-        row.check(header.num_classes)
-        replay(image, row.crops(), self.size, self.interpolation, out)
-        return recover(header, row.classes, row.probs)

@@ -1,4 +1,4 @@
-"""Soft labels of many crops per image, one HDF5 file: its format, which docs/softlabels.md specifies.
+"""The store of soft labels, an HDF5 file of many crops per image. docs/softlabels.md specifies the format.
 
 Shapes: N images, M crops of each, k stored classes per crop, C classes.
 """
@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from errno import ENOLCK
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,22 +17,25 @@ import numpy as np
 import numpy.typing as npt
 
 from qat.data.crops import Crop
-from qat.errors import QatError, first_line
+from qat.errors import QatError
 
 FORMAT, VERSION = "qat-softlabels", 1
 MARGINAL_SMOOTHING, MARGINAL_RENORM, HARD = LABEL_TYPES = ("marginal_smoothing", "marginal_renorm", "hard")
-LOCK_SECONDS = 5.0
-LARGEST = 65535  # of a coordinate, an image side, a class
-LIBVER = ("earliest", "v108")  # newer formats mark a file that is open for writing, and refuse it after a kill
+LARGEST = 65535  # coordinate, image side or class number that a store can hold
+LIBVER = ("earliest", "v108")  # newer formats mark a file as open for writing; after a kill it could not be opened
 ENCODING = {"box_encoding": "pixel_tlhw_u16", "value_encoding": "f16_bits_u16", "flip_encoding": "bits_little_u8"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """The attributes of a store that say how its labels were made; two stores with equal ones hold equal labels."""
+    """The attributes of a store that say how its labels were made; stores with equal headers hold equal labels.
+
+    Raises:
+        QatError: no store can have these values.
+    """
 
     teacher: str
-    teacher_sha256: str  # of the weights
+    teacher_sha256: str  # hash of the weights
     teacher_input_size: int
     teacher_interpolation: str
     mean: tuple[float, ...]
@@ -49,7 +49,7 @@ class Header:
     crop_ratio: tuple[float, ...]
     flip_p: float
     seed: int
-    batch_size: int  # crops per forward of the teacher; it decides how sums are rounded
+    batch_size: int  # crops per forward pass of the teacher, on which the rounding of sums depends
     precision: str
     split: str
     class_list_sha256: str
@@ -70,14 +70,16 @@ class Header:
             raise QatError(f"temperature is {self.temperature}: it must be positive")
 
     def to_attrs(self) -> dict[str, Any]:
-        """Attribute names and values."""
+        """The header as HDF5 attributes, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_attrs(cls, attrs: Mapping[str, Any], source: Path) -> Header:
-        """Read what `to_attrs` made; QatError for a foreign or incomplete set."""
+        """Read the attributes that `to_attrs` made; QatError for those of another format, or if some are missing."""
         if (found := attrs.get("format")) != FORMAT:
-            raise QatError(f"{source} is no store of soft labels: its attribute 'format' is {found!r}, not {FORMAT!r}")
+            raise QatError(
+                f"{source} is not a store of soft labels: its attribute 'format' is {found!r}, not {FORMAT!r}"
+            )
         if (version := attrs.get("version")) != VERSION:
             raise QatError(f"{source} has version {version} of the format, this version of qat reads {VERSION}")
         expected = [field.name for field in fields(cls)] + list(ENCODING)
@@ -92,8 +94,8 @@ def _plain(value: Any) -> Any:
     return tuple(float(v) for v in value) if isinstance(value, np.ndarray) else getattr(value, "item", lambda: value)()
 
 
-class Row(NamedTuple):
-    """The labels of one image."""
+class ImageLabels(NamedTuple):
+    """The labels of the M crops of one image, or of some of them."""
 
     boxes: npt.NDArray[np.uint16]  # (M, 4): top, left, height, width in pixels of the decoded image
     flips: npt.NDArray[np.bool_]  # (M,)
@@ -102,31 +104,34 @@ class Row(NamedTuple):
     image_size: tuple[int, int]  # height, width
 
     def packed(self) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint8]]:
-        """The rows of the data sets ``crops`` and ``flip``."""
+        """The row of this image in the data sets ``crops`` (M, 4 + 2k) and ``flip`` (ceil(M / 8),)."""
         crops = np.concatenate([self.boxes, self.classes, self.probs.view(np.uint16)], axis=1)
         return crops, np.packbits(self.flips, bitorder="little")
 
     def crops(self) -> list[Crop]:
-        """The boxes and flips."""
+        """The boxes and flips, crop by crop."""
         boxes = zip(self.boxes.tolist(), self.flips.tolist(), strict=True)
         return [Crop(top, left, height, width, flip) for (top, left, height, width), flip in boxes]
 
-    def take(self, order: npt.NDArray[np.int64]) -> Row:
-        """The same of some crops, in that order."""
-        return Row(self.boxes[order], self.flips[order], self.classes[order], self.probs[order], self.image_size)
-
     def check(self, num_classes: int) -> None:
-        """QatError for values that no writer makes: an empty box, one that leaves the image, a class that is none."""
-        boxes, (height, width) = self.boxes.astype(np.int64), self.image_size
-        ends = boxes[:, :2] + boxes[:, 2:]
-        inside = (boxes[:, 2:] > 0).all() and (ends <= (height, width)).all()
-        certain = ((self.probs >= 0) & (self.probs <= 1)).all() and (self.probs[:, 0] > 0).all()  # False for NaN
-        if not inside or not certain or (self.classes >= num_classes).any():
+        """QatError for values that no writer makes: an empty box or one that leaves the image, an unknown class."""
+        height, width = self.image_size
+        boxes = self.boxes.tolist()  # a few boxes are compared faster as Python numbers
+        inside = all(h > 0 and w > 0 and top + h <= height and left + w <= width for top, left, h, w in boxes)
+        probable = ((self.probs >= 0) & (self.probs <= 1)).all() and (self.probs[:, 0] > 0).all()  # False for NaN
+        if not inside or not probable or (self.classes >= num_classes).any():
             raise QatError("its soft labels are damaged: a box, a class or a probability is impossible")
 
 
 def layout(header: Header, images: int, width: int, class_width: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and type of every data set; ``width`` bytes hold the longest path, ``class_width`` the longest class."""
+    """Shape and type of every data set of a store of N ``images``.
+
+    Args:
+        header: M, k and C.
+        images: N.
+        width: bytes of the longest path.
+        class_width: bytes of the longest class name.
+    """
     return {
         "crops": ((images, header.num_crops, 4 + 2 * header.top_k), np.uint16),
         "flip": ((images, -(-header.num_crops // 8)), np.uint8),
@@ -139,17 +144,17 @@ def layout(header: Header, images: int, width: int, class_width: int) -> dict[st
 
 
 def sha256_of(names: Iterable[str]) -> str:
-    """Of a list of names: their UTF-8 bytes, each ended by a line feed."""
+    """SHA-256 of the UTF-8 bytes of a list of names, each followed by a line feed."""
     return hashlib.sha256("".join(f"{name}\n" for name in names).encode(errors="surrogateescape")).hexdigest()
 
 
 def row_bytes(header: Header) -> int:
-    """Bytes of one image in ``crops`` and ``flip``."""
+    """Bytes that one image takes in ``crops`` and ``flip``."""
     return header.num_crops * 2 * (4 + 2 * header.top_k) + -(-header.num_crops // 8)
 
 
 def create(path: Path, header: Header, paths: Sequence[str], classes: Sequence[str], software: str) -> None:
-    """Write a store without labels; it appears under its name when it is complete, with all its space laid out."""
+    """Write a store without labels, with space for all of them; ``path`` appears only when the file is complete."""
     names, class_names = _utf8(paths), _utf8(classes)
     number = {name: i for i, name in enumerate(classes)}
     values = {
@@ -176,85 +181,15 @@ def create(path: Path, header: Header, paths: Sequence[str], classes: Sequence[s
 
 
 def _utf8(names: Sequence[str]) -> npt.NDArray[np.bytes_]:
-    """As wide as the longest; a type that HDF5 knows as UTF-8."""
+    """The names as UTF-8 strings of fixed width, that of the longest, in a type that HDF5 knows as UTF-8."""
     try:
         content = [name.encode() for name in names]
     except UnicodeEncodeError as error:
-        raise QatError(f"the name {error.object!a} is not UTF-8, as which names are stored: rename it") from None
+        raise QatError(f"the name {error.object!a} cannot be stored because it is not UTF-8: rename it") from None
     return np.array(content, h5py.string_dtype("utf-8", max(map(len, content))))
 
 
 def sync(file: h5py.File) -> None:
-    """Wait until what was flushed is on the disk."""
-    os.fsync(file.id.get_vfd_handle())
-
-
-def open_store(path: Path, mode: str = "r") -> h5py.File:
-    """The open file of a store, its attributes and data sets looked at; QatError for anything else."""
-    if not path.is_file():
-        raise QatError(
-            f"no soft labels {path}: tools/make_softlabels.py makes them; an online teacher does without "
-            "(--data.softlabels null --model.teacher NAME)"
-        )
-    try:
-        file = _unlocked(path, mode)
-    except BlockingIOError:
-        raise QatError(
-            f"{path} is being written by another process, perhaps one that a stopped run has left: wait until it has "
-            "ended, or end it"
-        ) from None
-    except OSError as error:
-        why = "it is cut off" if "truncated" in str(error) else first_line(error)
-        if error.errno == ENOLCK:
-            why = "its file system has no locks: set HDF5_USE_FILE_LOCKING=FALSE and never start twice at once"
-        raise QatError(f"cannot read the soft labels {path}: {why}") from None
-    try:
-        _check_layout(file, Header.from_attrs(file.attrs, path), path)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _unlocked(path: Path, mode: str) -> h5py.File:
-    """The file, waiting a little: a process that was killed keeps its lock for a moment."""
-    patience = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return h5py.File(path, mode, libver=LIBVER if mode != "r" else None)
-        except BlockingIOError:
-            if time.monotonic() > patience:
-                raise
-            time.sleep(0.2)
-
-
-def _check_layout(file: h5py.File, header: Header, path: Path) -> None:
-    images = file["done"].shape[0] if "done" in file else 0
-    widths = [file[name].dtype.itemsize if name in file else 1 for name in ("path", "class_name")]
-    end = 0
-    for name, (shape, dtype) in layout(header, images, *widths).items():
-        if name not in file:
-            raise QatError(f"{path} lacks the data set {name!r} of a store of soft labels")
-        data = file[name]
-        if data.shape != shape or data.dtype != np.dtype(dtype):
-            raise QatError(f"{path}: {name} is {data.dtype} {data.shape}, expected {np.dtype(dtype)} {shape}")
-        if data.chunks is not None or data.id.get_offset() is None:
-            raise QatError(f"{path}: {name} is not contiguous; copy it with h5repack -l CONTI")
-        end = max(end, data.id.get_offset() + data.id.get_storage_size())
-    if (size := path.stat().st_size) < end:
-        raise QatError(f"cannot read the soft labels {path}: it is cut off, {size} of {end} bytes are there")
-
-
-def names_in(file: h5py.File, name: str) -> Iterator[str]:
-    """The strings of ``path`` or ``class_name``."""
-    return (value.decode() for value in file[name][:])
-
-
-def first_difference(stored: Iterable[str], given: Sequence[str]) -> str:
-    """The first place where a stored list of names and the one of this machine differ, in words."""
-    for theirs, ours in zip_longest(stored, given):
-        if theirs != ours:
-            return f"first, {'nothing' if ours is None else repr(ours)} is here where the labels have " + (
-                "nothing" if theirs is None else repr(theirs)
-            )
-    return "the names agree, so the stored hash is wrong"
+    """Wait until everything that was flushed is on the disk; on Windows HDF5 has no descriptor to wait for."""
+    if os.name != "nt":
+        os.fsync(file.id.get_vfd_handle())

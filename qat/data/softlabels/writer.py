@@ -1,4 +1,4 @@
-"""Writing a store of soft labels, so that a process killed at any moment loses no more than its last flush."""
+"""Writing a store of soft labels; a process that is killed loses what it has labeled since the last flush, no more."""
 
 from __future__ import annotations
 
@@ -11,39 +11,45 @@ from types import TracebackType
 import h5py
 import numpy as np
 
-from qat.data.softlabels.store import Header, Row, open_store, sync
+from qat.data.softlabels.opening import open_store
+from qat.data.softlabels.store import Header, ImageLabels, sync
 from qat.errors import QatError
 
 FLUSH_SECONDS = 30.0
-AT_ONCE = 2**26  # bytes of rows on their way to the disk, or copied in one go
+AT_ONCE = 2**26  # bytes of labels that wait to be written, or are copied at a time
 
 
 class Writer:
-    """Adds rows to a store in a thread of its own; an image counts as done when its row is on the disk.
+    """Writes labels to a store in a thread of its own; an image is marked as done when its labels are on the disk.
 
     Args:
-        path: of a store that `create` has made; QatError when another process writes it.
-        flush_seconds: time between two flushes, so the most that is lost.
+        path: a store that `create` has made.
+        flush_seconds: time between two flushes, and so the most work that a kill can cost.
+
+    Raises:
+        QatError: another process is writing the store.
     """
 
     def __init__(self, path: Path, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.path = path
         self._file = open_store(path, "r+")
-        self._ended = False  # no more rows will come
+        self._ended = False  # no more labels will come
         self._done = self._file["done"][:]
         self._every = flush_seconds
-        self._queue: Queue[tuple[int, Row] | None] = Queue(_rows(self._file))  # more make the teacher wait
+        self._queue: Queue[tuple[int, ImageLabels] | None] = Queue(
+            _rows_at_once(self._file)
+        )  # when it is full, the teacher waits
         self._error: BaseException | None = None
         self._thread = Thread(target=self._work, name="soft labels", daemon=True)
         self._thread.start()
 
-    def put(self, index: int, row: Row) -> None:
-        """Hand over the row of an image; QatError if an earlier one could not be written."""
+    def put(self, index: int, labels: ImageLabels) -> None:
+        """Hand over the labels of an image; QatError if earlier ones could not be written."""
         self._raise()
-        self._queue.put((index, row))
+        self._queue.put((index, labels))
 
     def close(self) -> None:
-        """Write and flush what was handed over."""
+        """Write and flush everything that was handed over; QatError if that fails."""
         self._queue.put(None)
         self._thread.join()
         self._file.close()
@@ -65,13 +71,13 @@ class Writer:
         try:
             while not self._ended:
                 self._write_until(time.monotonic() + self._every)
-        except BaseException as error:  # raised again where the rows come from
+        except BaseException as error:  # raised again in `put` and `close`
             self._error = error
-            while not self._ended:  # nobody may wait for a place in the queue
+            while not self._ended:  # empty the queue, so that `put` does not wait for ever
                 self._ended = self._queue.get() is None
 
     def _write_until(self, due: float) -> None:
-        """Write the rows that come until then, and flush them."""
+        """Write the labels that arrive before the time ``due``, and flush them."""
         written: list[int] = []
         while not self._ended and (left := due - time.monotonic()) > 0:
             try:
@@ -81,9 +87,9 @@ class Writer:
             if item is None:
                 self._ended = True
                 continue
-            index, row = item
-            self._file["crops"][index], self._file["flip"][index] = row.packed()
-            self._file["image_size"][index] = row.image_size
+            index, labels = item
+            self._file["crops"][index], self._file["flip"][index] = labels.packed()
+            self._file["image_size"][index] = labels.image_size
             written.append(index)
         if written:
             _flush(self._file)
@@ -93,8 +99,8 @@ class Writer:
             _flush(self._file)
 
 
-def _rows(file: h5py.File) -> int:
-    """How many rows are at work at once."""
+def _rows_at_once(file: h5py.File) -> int:
+    """How many rows have `AT_ONCE` bytes."""
     _, crops, columns = file["crops"].shape
     return max(1, min(1024, AT_ONCE // (2 * int(crops) * int(columns))))
 
@@ -105,12 +111,16 @@ def _flush(file: h5py.File) -> None:
 
 
 def absorb(path: Path, part: Path) -> None:
-    """Copy the finished rows of ``part`` that ``path`` lacks, then remove ``part``; QatError unless made alike."""
+    """Copy the finished rows of the store ``part`` that the store ``path`` lacks, then remove ``part``.
+
+    Raises:
+        QatError: the two stores have different headers.
+    """
     with open_store(path, "r+") as file, open_store(part) as source:
         if Header.from_attrs(file.attrs, path) != Header.from_attrs(source.attrs, part):
-            raise QatError(f"{part} was made with other arguments than {path}: remove one of them")
+            raise QatError(f"{part} was made with other options than {path}: remove one of them")
         new = source["done"][:].astype(bool) & ~file["done"][:].astype(bool)
-        for low in range(0, len(new), run := _rows(file)):
+        for low in range(0, len(new), run := _rows_at_once(file)):
             rows = slice(low, low + run)
             if not new[rows].any():
                 continue

@@ -1,4 +1,4 @@
-"""Losses on the weights themselves; YAML names the class."""
+"""Losses on quantized weights; a config names the class."""
 
 from qat.training.regularizers.base import Regularizer, named
 from qat.training.regularizers.bins import BinRegularizer

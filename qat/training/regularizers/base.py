@@ -1,4 +1,4 @@
-"""What every regularizer offers. Shapes: G groups that share a step, n weights in a group."""
+"""The base class of regularizers: losses on quantized weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat.quantizers import LSQQuantizer
 from qat.sites.insert import WeightSite, weight_sites
 from qat.training.schedules import cosine_ramp
 
-LOW_BITS = 7  # the widest weight that counts as low-bit: 8 bits are there to stay out of the way
+LOW_BITS = 7  # the widest weight that counts as low-bit; 8 bits are for layers that quantization should not disturb
 
 
 class Regularizer(ABC):
@@ -22,7 +22,7 @@ class Regularizer(ABC):
 
     Args:
         weight: of the loss when training ends.
-        start: part of training, 0 to 1, during which the weight is zero and nothing is computed.
+        start: share of training, 0 to 1, before the weight rises from zero; nothing is computed until then.
         sites: glob over the names of weight sites.
         max_bits: widest weight that is regularized; the default leaves out the 8-bit first and last layer.
     """
@@ -33,20 +33,20 @@ class Regularizer(ABC):
         if not weight > 0:
             raise QatError(f"{self.name}: weight is {weight}: it must be positive")
         if not 0 <= start < 1:
-            raise QatError(f"{self.name}: start is {start}: give a part of training, 0 to below 1")
+            raise QatError(f"{self.name}: start is {start}: give a share of training, 0 to below 1")
         self.weight, self.start, self.sites, self.max_bits = weight, start, sites, max_bits
 
     @property
     def name(self) -> str:
-        """The class in snake case: what the loss is logged as."""
+        """The name of the class in snake case, under which the loss is logged."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     def weight_at(self, progress: float) -> float:
-        """Weight of the loss when the part ``progress`` of training is done."""
+        """Weight of the loss when the share ``progress`` of training is done, 0 to 1."""
         return self.weight * cosine_ramp(progress, self.start)
 
     def choose(self, model: nn.Module) -> list[WeightSite]:
-        """The weights that are regularized; QatError when there are none, or one has no uniform grid."""
+        """The weights that are regularized; QatError when there are none, or when one has no even grid."""
         found = weight_sites(model, self.sites, self.max_bits)
         for site in found:
             grid_of(site)
@@ -62,7 +62,7 @@ class Regularizer(ABC):
 
 
 def named(regularizers: Sequence[Regularizer]) -> dict[str, Regularizer]:
-    """By name; a second one of a kind gets a number."""
+    """The regularizers by name; a second one of the same class gets a number."""
     found: dict[str, Regularizer] = {}
     for regularizer in regularizers:
         same = sum(type(other) is type(regularizer) for other in found.values())

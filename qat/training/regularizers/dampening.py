@@ -1,6 +1,6 @@
 """Oscillation dampening (Nagel et al. 2022, Eq. 6): pulls latent weights to the centre of their bin.
 
-L = sum_i (value_i - clip(w_i))^2,   clip to the range of the grid, value_i the quantized weight, a constant
+L = sum_i (value_i - clip(w_i))^2, with w_i clipped to the range of the grid, and its quantized value_i as a constant
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Dampening(Regularizer):
 
     Args:
         weight: of the loss when training ends; 0.1 is that of Nagel et al. for MobileNetV2.
-        start: part of training, 0 to 1, during which the weight is zero and nothing is computed.
+        start: share of training, 0 to 1, before the weight rises from zero; nothing is computed until then.
         reduction: over the values of a weight: sum, mean, or channel (sum over output channels, mean over the rest,
             the released form of Nagel et al.).
         sites: glob over the names of weight sites.

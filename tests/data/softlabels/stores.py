@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.data.softlabels.store import Header, Row, create, sha256_of
+from qat.data.softlabels.store import Header, ImageLabels, create, sha256_of
 from qat.data.softlabels.writer import Writer
 
 PATHS = [f"{'ab'[i // 5]}/{'é' * (i % 3)}{i}.JPEG" for i in range(10)]
@@ -28,14 +28,14 @@ def header(paths: Sequence[str] = PATHS, classes: Sequence[str] = CLASSES, **cha
     return Header(**{**values, **changes})
 
 
-def row(index: int, made: Header, image_size: tuple[int, int] = (40, 44)) -> Row:
+def labels_of(index: int, made: Header, image_size: tuple[int, int] = (40, 44)) -> ImageLabels:
     """Labels that differ from image to image."""
     rng = np.random.default_rng(index)
     crops, k = made.num_crops, made.top_k
     starts, sides = rng.integers(0, 20, (crops, 2)), rng.integers(1, 20, (crops, 2))
     probs = -np.sort(-rng.dirichlet(np.ones(made.num_classes), crops))[:, :k]
     classes = np.stack([rng.permutation(made.num_classes)[:k] for _ in range(crops)])
-    return Row(
+    return ImageLabels(
         np.concatenate([starts, sides], 1).astype(np.uint16), rng.random(crops) < 0.5, classes.astype(np.uint16),
         probs.astype(np.float16), image_size,
     )  # fmt: skip
@@ -54,5 +54,5 @@ def write(
     create(path, made, paths, classes, "tests")
     with Writer(path) as writer:
         for index in range(len(paths)) if rows is None else rows:
-            writer.put(index, row(index, made, sizes[index] if sizes else (40, 44)))
+            writer.put(index, labels_of(index, made, sizes[index] if sizes else (40, 44)))
     return made

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import resized_crop
 
-from qat.data.crops import CropLaw, draw
-from qat.data.softlabels.fkd import LABEL_TYPES, LabelFolder, class_folder, image_size, load, pixel_boxes
-from qat.data.softlabels.reader import recover
+from qat.data.crops import CropDistribution, draw
+from qat.data.softlabels.fkd import LabelFolder, class_folder, image_size, load, pixel_boxes
+from qat.data.softlabels.fkd_label_types import LABEL_TYPES
+from qat.data.softlabels.replay import recover
 from qat.data.softlabels.store import Header
 from qat.data.streams import rng_for
 from qat.errors import QatError
@@ -48,16 +49,16 @@ def content(label_type: str, dtype: type = np.float32, crops: int = 3) -> list[n
 
 @pytest.fixture
 def folder(tmp_path: Path):
-    """Write a label file and an image of 50 x 40 pixels; the row that is made of them."""
+    """Write a label file and an image of 50 x 40 pixels; return the labels that are read from them."""
 
-    def row(value: object, label_type: str, classes: int = 10, crops: int = 3, trust: bool = True):
+    def read(value: object, label_type: str, classes: int = 10, crops: int = 3, trust: bool = True):
         (tmp_path / "labels/ant").mkdir(parents=True, exist_ok=True)
         torch.save(value, tmp_path / "labels/ant/0.tar")
         Image.new("RGB", (50, 40)).save(tmp_path / "0.png")
         made = LabelFolder(tmp_path / "labels", LABEL_TYPES[label_type], classes, trust)
-        return made.row("ant/0.png", tmp_path / "0.png", crops)
+        return made.read("ant/0.png", tmp_path / "0.png", crops)
 
-    return row
+    return read
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_halves_are_rounded_to_even():
 
 
 def test_no_box_is_lost_in_single_precision():
-    crops = [draw(CropLaw(), 2848, 4288, rng_for(0, 0, i)) for i in range(2000)]
+    crops = [draw(CropDistribution(), 2848, 4288, rng_for(0, 0, i)) for i in range(2000)]
     boxes = np.array([[c.top, c.left, c.height, c.width] for c in crops])
     fractions = (boxes / [2848, 4288, 2848, 4288]).astype(np.float32)
     assert np.array_equal(pixel_boxes(fractions, 2848, 4288), boxes)
@@ -103,28 +104,25 @@ def test_a_box_leaves_the_image_by_rounding_only():
         pixel_boxes(fractions.astype(np.float32), 10, 4096)
 
 
-@pytest.mark.parametrize(
-    "box", [[0, 0, 0.001, 1], [0, 0, 1, 0], [-0.1, 0, 0.5, 0.5], [0.6, 0, 0.6, 1], [0, 0, 1, np.nan]]
-)
-def test_an_impossible_box_is_refused(box):
-    with pytest.raises(QatError, match=r"the box of crop 1, .* is empty or leaves its image of 50 x 40"):
-        pixel_boxes(np.array([BOX, box], np.float32), 40, 50)
+def test_an_impossible_box_is_refused():
+    for box in ([0, 0, 0.001, 1], [0, 0, 1, 0], [-0.1, 0, 0.5, 0.5], [0.6, 0, 0.6, 1], [0, 0, 1, np.nan]):
+        with pytest.raises(QatError, match=r"the box of crop 1, .* is empty or leaves its image of 50 x 40"):
+            pixel_boxes(np.array([BOX, box], np.float32), 40, 50)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("label_type", LABEL_TYPES)
+@pytest.mark.parametrize(("label_type", "dtype"), list(zip(LABEL_TYPES, [np.float32, np.float16] * 4, strict=False)))
 def test_every_label_type_is_recovered(label_type, dtype, folder):
-    row = folder(content(label_type, dtype), label_type)
-    assert row.boxes.tolist() == [[8, 20, 20, 13]] * 3
-    assert row.flips.tolist() == [True, False, True]
-    assert row.image_size == (40, 50)
+    found = folder(content(label_type, dtype), label_type)
+    assert found.boxes.tolist() == [[8, 20, 20, 13]] * 3
+    assert found.flips.tolist() == [True, False, True]
+    assert found.image_size == (40, 50)
     kind = LABEL_TYPES[label_type]
-    assert row.classes.shape == (3, kind.top_k or 10)
-    assert (np.diff(row.probs.astype(np.float32), axis=1) <= 0).all()
+    assert found.classes.shape == (3, kind.top_k or 10)
+    assert (np.diff(found.probs.astype(np.float32), axis=1) <= 0).all()
 
     header = object.__new__(Header)  # of which one value matters
     object.__setattr__(header, "label_type", kind.stored_as)
-    labels = recover(header, row.classes, row.probs)
+    labels = recover(header, found.classes, found.probs)
     others = 10 - labels.classes.shape[1]
     filler = (1 - labels.probs.sum(1, keepdim=True)).clamp(min=0) / max(others, 1)
     dense = filler.expand(-1, 10).scatter(1, labels.classes, labels.probs)
@@ -134,15 +132,15 @@ def test_every_label_type_is_recovered(label_type, dtype, folder):
 def test_hard_labels_come_in_two_shapes_and_as_integers(folder):
     boxes, flips, _ = content("hard")
     for labels in (np.array([[3.0], [1.0], [9.0]], np.float32), np.array([3, 1, 9])):
-        row = folder([boxes, flips, labels], "hard")
-        assert (row.classes.tolist(), row.probs.tolist()) == ([[3], [1], [9]], [[1], [1], [1]])
+        found = folder([boxes, flips, labels], "hard")
+        assert (found.classes.tolist(), found.probs.tolist()) == ([[3], [1], [9]], [[1], [1], [1]])
 
 
 def test_the_most_probable_class_comes_first(folder):
     boxes, flips, _ = content("hard")
     labels = np.array([[[2, 8, 4, 1, 0], [0.1, 0.4, 0.2, 0.1, 0.05]]] * 3, np.float32)
-    row = folder([boxes, flips, labels], "marginal_smoothing_k5")
-    assert row.classes[0].tolist() == [8, 4, 2, 1, 0]
+    found = folder([boxes, flips, labels], "marginal_smoothing_k5")
+    assert found.classes[0].tolist() == [8, 4, 2, 1, 0]
 
 
 def test_class_numbers_that_half_precision_has_are_exact(folder):
@@ -165,12 +163,12 @@ def test_class_numbers_that_half_precision_has_are_exact(folder):
         (lambda boxes, flips, labels: [boxes[:2], flips[:2], labels[:2]], "it has 2 crops, the store has 3"),
         (lambda boxes, flips, labels: [boxes, flips, labels[:, 0]], r"its labels are \(3, 5\), expected \(3, 2, 5\): "),
         (lambda boxes, flips, labels: [boxes * 2, flips, labels], "the box of crop 0"),
-        (lambda boxes, flips, labels: [boxes, flips, labels + 0.5], "class 0.5 is none of 0..9"),
-        (lambda boxes, flips, labels: [boxes, flips, labels + 1], "class 10.0 is none of 0..9"),
-        (lambda boxes, flips, labels: [boxes, flips, labels * np.nan], "class nan is none of 0..9"),
-        (lambda boxes, flips, labels: [boxes, flips, labels * [[1] * 5, [2] * 5]], "are no probabilities"),
-        (lambda boxes, flips, labels: [boxes, flips, labels * [[1] * 5, [0] * 5]], "are no probabilities"),
-        (lambda boxes, flips, labels: [boxes, flips, labels * [[1] * 5, [-1] * 5]], "are no probabilities"),
+        (lambda boxes, flips, labels: [boxes, flips, labels + 0.5], "class 0.5 is not in 0..9"),
+        (lambda boxes, flips, labels: [boxes, flips, labels + 1], "class 10.0 is not in 0..9"),
+        (lambda boxes, flips, labels: [boxes, flips, labels * np.nan], "class nan is not in 0..9"),
+        (lambda boxes, flips, labels: [boxes, flips, labels * [[1] * 5, [2] * 5]], "are not probabilities"),
+        (lambda boxes, flips, labels: [boxes, flips, labels * [[1] * 5, [0] * 5]], "are not probabilities"),
+        (lambda boxes, flips, labels: [boxes, flips, labels * [[1] * 5, [-1] * 5]], "are not probabilities"),
         (lambda boxes, flips, labels: [boxes, flips, labels * [[1, 0, 1, 1, 1]]], "the same class twice"),
     ],
 )
@@ -192,8 +190,8 @@ def test_a_pickle_is_read_only_when_trusted(protocol, tmp_path):
 
 
 def test_tensors_need_no_trust(folder):
-    row = folder([torch.from_numpy(part) for part in content("smoothing")], "smoothing", trust=False)
-    assert row.classes.tolist() == [[3]] * 3
+    found = folder([torch.from_numpy(part) for part in content("smoothing")], "smoothing", trust=False)
+    assert found.classes.tolist() == [[3]] * 3
 
 
 @pytest.mark.parametrize("trust", [True, False])

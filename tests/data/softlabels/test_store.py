@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from qat.data.softlabels.store import Header, create, first_difference, open_store, row_bytes, sha256_of
+from qat.data.softlabels import opening
+from qat.data.softlabels.opening import first_difference, open_store
+from qat.data.softlabels.store import Header, create, row_bytes, sha256_of
 from qat.errors import QatError
-from tests.data.softlabels.stores import CLASSES, PATHS, header, row, write
+from tests.data.softlabels.stores import CLASSES, PATHS, header, labels_of, write
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def test_another_program_reads_it_with_hdf5_alone(store: Path) -> None:
         assert file["done"][:].tolist() == [1] * 10
         assert file["image_size"][:].tolist() == [[40, 44]] * 10
         for index in range(10):
-            expected, crops = row(index, made), file["crops"][index]
+            expected, crops = labels_of(index, made), file["crops"][index]
             assert np.array_equal(crops[:, :4], expected.boxes)
             assert np.array_equal(crops[:, 4:6], expected.classes)
             assert np.array_equal(crops[:, 6:].copy().view(np.float16), expected.probs)
@@ -51,7 +55,7 @@ def test_hashes_are_those_of_the_documentation() -> None:
 
 def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     name = os.fsdecode(b"a/\xff.jpg")
-    with pytest.raises(QatError, match=r"the name 'a/\\udcff.jpg' is not UTF-8"):
+    with pytest.raises(QatError, match=r"the name 'a/\\udcff.jpg' cannot be stored because it is not UTF-8"):
         create(tmp_path / "labels.h5", header([name]), [name], CLASSES, "tests")
 
 
@@ -150,11 +154,11 @@ def compressed(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (Path.unlink, "no soft labels .*labels.h5: tools/make_softlabels.py makes them"),
+        (Path.unlink, "no soft labels .*labels.h5: qat make-softlabels makes them"),
         (truncate, "cannot read the soft labels .*labels.h5: it is cut off"),
         (cut_in_half, "it is cut off"),
         (not_hdf5, "cannot read the soft labels .*labels.h5"),
-        (foreign, "is no store of soft labels: its attribute 'format' is None"),
+        (foreign, "is not a store of soft labels: its attribute 'format' is None"),
         (newer, "has version 2 of the format, this version of qat reads 1"),
         (without_seed, "lacks the attribute 'seed'"),
         (other_encoding, "value_encoding is 'bf16', only 'f16_bits_u16'"),
@@ -170,22 +174,17 @@ def test_another_file_is_refused_with_the_reason(store: Path, spoil, message: st
         open_store(store)
 
 
-def test_a_store_that_is_being_written_is_refused(store: Path) -> None:
-    with h5py.File(store, "r+"), pytest.raises(QatError, match="is being written by another process"):
-        open_store_elsewhere(store)
-
-
-def open_store_elsewhere(path: Path) -> None:
-    """Locks are between processes."""
-    import subprocess
-    import sys
-
-    code = (
-        f"from pathlib import Path; from qat.data.softlabels.store import open_store; open_store(Path({str(path)!r}))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode, "it was opened"
-    raise QatError(result.stderr.splitlines()[-1])
+def test_a_store_that_is_being_written_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "LOCK_SECONDS", 0.1)
+    code = "import sys, h5py; file = h5py.File(sys.argv[1], 'r+'); print('locked', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", code, str(store)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(QatError, match="is being written by another process"):
+            opening.open_store(store)
+        process.communicate()
+    opening.open_store(store).close()
 
 
 @pytest.mark.parametrize(

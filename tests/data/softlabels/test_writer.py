@@ -10,23 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from qat.data.softlabels.store import create, open_store
+from qat.data.softlabels.opening import open_store
+from qat.data.softlabels.store import create
 from qat.data.softlabels.writer import Writer, absorb
 from qat.errors import QatError
-from tests.data.softlabels.stores import CLASSES, PATHS, header, row, write
+from tests.data.softlabels.stores import CLASSES, PATHS, header, labels_of, write
 
 KILLED = """
 import sys, time
 from pathlib import Path
 from qat.data.softlabels.writer import Writer
-from tests.data.softlabels.stores import header, row
+from tests.data.softlabels.stores import header, labels_of
 writer = Writer(Path(sys.argv[1]), flush_seconds=0.2)
 for index in range(6):
-    writer.put(index, row(index, header()))
+    writer.put(index, labels_of(index, header()))
 time.sleep(1)  # flushed by now
 for index in range(6, 10):
     writer._every = 1000
-    writer.put(index, row(index, header()))
+    writer.put(index, labels_of(index, header()))
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -48,7 +49,7 @@ def test_a_kill_costs_no_more_than_the_last_flush_and_the_rest_can_be_added(tmp_
     assert set(finished(path)) >= set(range(6))
     with Writer(path) as writer:
         for index in sorted(set(range(10)) - set(finished(path))):
-            writer.put(index, row(index, header()))
+            writer.put(index, labels_of(index, header()))
     write(tmp_path / "whole.h5")
     assert path.read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
@@ -56,7 +57,7 @@ def test_a_kill_costs_no_more_than_the_last_flush_and_the_rest_can_be_added(tmp_
 def put(path: Path, index: int, times: int = 1, error: str = "", flush_seconds: float = 1000) -> None:
     with Writer(path, flush_seconds) as writer:
         for _ in range(times):
-            writer.put(index, row(index, header()))
+            writer.put(index, labels_of(index, header()))
         if error:
             raise QatError(error)
 
@@ -92,11 +93,11 @@ def test_parts_become_a_whole_and_only_their_finished_rows_count(tmp_path: Path)
     assert path.read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
-def test_a_part_that_was_made_otherwise_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_part_that_was_made_with_other_options_is_refused_and_kept(tmp_path: Path) -> None:
     path, part = tmp_path / "labels.h5", tmp_path / "labels.h5.rank1"
     write(path, rows=[0])
     write(part, seed=1)
-    with pytest.raises(QatError, match="rank1 was made with other arguments"):
+    with pytest.raises(QatError, match="rank1 was made with other options"):
         absorb(path, part)
     assert part.exists()
     assert finished(path) == [0]

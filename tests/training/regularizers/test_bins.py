@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qat.quantizers import LSQ, LSQQuantizer
 from qat.quantizers.spec import Layout
 from qat.sites.insert import WeightSite
-from qat.training.regularizers import BinRegularizer
+from qat.training.regularizers import BinRegularizer, bins
 
 W = [[-0.52, -0.27, -0.06, 0.03], [0.12, 0.24, 0.31, 0.55], [-0.21, 0.08, -0.33, 0.19]]
 
@@ -107,3 +107,19 @@ def test_float32_agrees_with_float64() -> None:
         centre = 2 * chosen.weight.detach() / weight.numel()  # all weights are in bin 0
         grads.append((chosen.weight.grad - centre).double())
     assert torch.allclose(grads[0], grads[1], atol=1e-11)  # 2 (w - mean) / 4095 is 5e-9; float32 resolves 0.06 to 4e-9
+
+
+def test_portions_that_fit_into_the_cache_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have the same length in every portion, so that the sums over a bin are the same to the bit."""
+    torch.manual_seed(0)
+    sites = [site(torch.randn(shape) * 0.3, [0.1, 0.2], 3) for shape in ((6, 96), (8, 40), (4, 64))]
+    grads = []
+    for limit in (10_000, 1):
+        monkeypatch.setattr(bins, "CACHED", limit)
+        for chosen in sites:
+            chosen.weight.grad = chosen.quantizer.step.grad = None
+        penalty = BinRegularizer().penalty(sites)
+        penalty.backward()
+        grads.append([(chosen.weight.grad, chosen.quantizer.step.grad) for chosen in sites])
+    for together, alone in zip(*grads, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

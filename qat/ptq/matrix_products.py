@@ -9,8 +9,8 @@ from torch import nn
 from qat.sites.products import Matrices
 
 
-class Operands(NamedTuple):
-    """Both operands of a product, by the names of their sites in the model, and how they are seen as matrices."""
+class MatrixProduct(NamedTuple):
+    """A product of a model: the names of the sites of its operands, and how these are seen as matrices."""
 
     left: str
     right: str
@@ -18,14 +18,14 @@ class Operands(NamedTuple):
 
     @property
     def activations(self) -> tuple[str, ...]:
-        """The sites that images reach."""
+        """The sites whose tensors depend on the images."""
         return (self.left, self.right) if self.matrices.weight is None else (self.left,)
 
 
-def operands_of(model: nn.Module) -> list[Operands]:
-    """Of all products of matrices, in the order of the module tree."""
+def matrix_products(model: nn.Module) -> list[MatrixProduct]:
+    """Every product whose operands can be seen as matrices, in the order of the module tree."""
     return [
-        Operands(f"{name}.{product.left}", f"{name}.{product.right}", product.matrices)
+        MatrixProduct(f"{name}.{product.left}", f"{name}.{product.right}", product.matrices)
         for name, module in model.named_modules()
         if hasattr(module, "products")
         for product in module.products()

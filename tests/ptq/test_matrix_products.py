@@ -1,4 +1,4 @@
-"""What the operands of the products of a model look like."""
+"""Which products of a model are searched, and how their operands become matrices."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 import qat.models  # noqa: F401  registers the families
 from qat.models.layers import QuantConv2d, patches
-from qat.ptq.operands import operands_of
+from qat.ptq.matrix_products import matrix_products
 from qat.sites.insert import SiteBuilder
 
 
@@ -26,4 +26,4 @@ def test_a_convolution_is_a_product_of_patches(size, stride):
 )  # fmt: skip
 def test_a_convolution_that_does_more_is_left_out(options, counted):
     model = nn.Sequential(QuantConv2d(nn.Conv2d(4, 4, 2, **options), SiteBuilder([])))
-    assert len(operands_of(model)) == counted
+    assert len(matrix_products(model)) == counted

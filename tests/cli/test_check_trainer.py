@@ -1,0 +1,67 @@
+"""Settings of the trainer that are refused by name, before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qat.cli.check_trainer import check_trainer
+from qat.cli.lightning_cli import QatCLI
+from qat.cli.trainer import Trainer
+from qat.errors import QatError
+from tests.cli.test_commands import fails
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "transformer-engine"])
+def test_other_precisions_of_parameters(
+    precision: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, "fit", "--config", config, "--runs", tmp_path / "runs", "--trainer.precision", precision)
+    assert f"trainer.precision is {precision}" in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_2", "deepspeed", "xla"])
+def test_strategies_that_shard(strategy: str) -> None:
+    with pytest.raises(QatError, match=f"strategy is {strategy}: it cuts"):
+        check_trainer(SimpleNamespace(precision=None, strategy=strategy))
+    named = SimpleNamespace(class_path="lightning.pytorch.strategies.FSDPStrategy")
+    with pytest.raises(QatError, match="FSDPStrategy: it cuts"):
+        check_trainer(SimpleNamespace(precision=None, strategy=named))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "single_device"])
+@pytest.mark.parametrize("precision", [None, "32-true", "bf16-mixed", "16-mixed", 32])
+def test_what_is_supported(strategy: str, precision: object) -> None:
+    check_trainer(SimpleNamespace(precision=precision, strategy=strategy))
+
+
+@pytest.mark.parametrize(
+    ("verb", "calibrates", "trainer", "one"),
+    [
+        ("predict", False, {}, True),
+        ("predict", False, {"devices": 4}, False),
+        ("validate", True, {"precision": "bf16-mixed"}, True),
+        ("validate", True, {"devices": "auto"}, False),
+        ("validate", False, {}, False),
+        ("fit", True, {}, False),
+    ],
+)
+def test_predictions_and_calibrations_use_one_device_unless_told_otherwise(
+    verb: str, calibrates: bool, trainer: dict[str, object], one: bool
+) -> None:
+    cli: Any = SimpleNamespace(verb=verb, calibrates=calibrates, given={verb: {"trainer": trainer}})
+    assert QatCLI._runs_on_one_device(cli) is one
+
+
+def test_the_trainer_sets_how_float32_is_multiplied() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        Trainer(float32_matmul_precision="high", accelerator="cpu", logger=False, enable_checkpointing=False)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
