@@ -28,8 +28,9 @@ class RecordSites(L.Callback):
         assert isinstance(pl_module, QATModule)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            rows = describe(pl_module.model, pl_module.calibration.get("snr_db"))
-            write_csv(rows, self.folder / "quantization.csv")
+            table, errors = self.folder / "quantization.csv", pl_module.calibration.get("snr_db")
+            if errors or not table.exists():  # a resumed run knows no errors any more: the table has them already
+                write_csv(describe(pl_module.model, errors), table)
             log.info("%s: %s", pl_module.card.arch, summary(pl_module.model))
             log.info("run folder %s", self.folder)
 

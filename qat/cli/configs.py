@@ -38,25 +38,31 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
 
 def given_configs(arguments: Sequence[str]) -> list[str]:
     """The config files that a command names."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    words = ((*word.partition("="), after) for word, after in pairs)
-    return [value or after for flag, _, value, after in words if flag in FLAGS]
+    found = []
+    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
+        flag, _, value = word.partition("=")
+        if flag in FLAGS:
+            found.append(value or after)
+    return found
 
 
 def _bases(path: Path, inside: tuple[Path, ...]) -> list[Path]:
     """The files that a config starts from, the farthest first."""
-    if path in inside:
+    if path.resolve() in inside:
         raise QatError(f"config {path} is its own base: {' -> '.join(map(str, (*inside, path)))}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return []  # the parser says what is wrong with the file
     named = content.get("base") if isinstance(content, dict) else None
-    bases = [path.parent / name for name in ([named] if isinstance(named, str) else named or [])]
+    names = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(isinstance(name, str) for name in names):
+        raise QatError(f"config {path}: base is {named}: give the path of a config, or a list of paths")
+    bases = [path.parent / name for name in names]
     for base in bases:
         if not base.is_file():
             raise QatError(f"config {path}: there is no base {base}")
-    return [file for base in bases for file in (*_bases(base, (*inside, path)), base)]
+    return [file for base in bases for file in (*_bases(base, (*inside, path.resolve())), base)]
 
 
 def read_old_class_paths() -> None:

@@ -13,6 +13,7 @@ from qat.cli.configs import read_old_class_paths, with_bases
 from qat.cli.options import plain_parser
 from qat.cli.settle import settle
 from qat.sites.describe import Cost, as_table, cost, describe, summary
+from qat.sites.insert import quantize
 from qat.training.options import ModelOptions
 from qat.training.student import build_student
 
@@ -34,6 +35,8 @@ def run(verb: str, arguments: Sequence[str]) -> Cost:
     options: ModelOptions = parser.instantiate(config).model
     with torch.device("meta"):  # shapes are enough
         student = build_student(options)
+        if not student.card.rules:  # the products of a float model are known once it has sites
+            quantize(student.model, [])
     return show(student.model, student.card.arch, student.card.preprocessing["size"], config.full)
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ class QatCLI(LightningCLI):
         self.verb = verb
         self.configs = given_configs(arguments)
         self.trainer: Trainer
+        self._folder: Path | None = None
+        try:
+            self._build_and_run(arguments)
+        except BaseException:
+            self._remove_empty_folder()
+            raise
+
+    def _build_and_run(self, arguments: Sequence[str]) -> None:
         super().__init__(
             QATModule,
             ImageNetDataModule,
@@ -69,7 +78,7 @@ class QatCLI(LightningCLI):
             parser_kwargs={"prog": "qat", "exit_on_error": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # our checkpoints describe themselves
-            args=[verb, *with_bases(arguments)],
+            args=[self.verb, *with_bases(arguments)],
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -98,7 +107,6 @@ class QatCLI(LightningCLI):
         config = self.config[self.verb]
         config.base = None  # its content is in the config by now
         check_trainer(config.trainer)
-        self._folder: Path | None = None
         self.resumed = self.verb == "fit" and str(config.ckpt) == "last"
         if self.verb == "fit" and config.ckpt is not None and not self.configs:
             raise QatError("qat fit --ckpt resumes a run: give its --config too, for the data, teacher and schedule")
@@ -138,7 +146,10 @@ class QatCLI(LightningCLI):
             kwargs["devices"] = 1
         calibrate = [Calibrate(options.calibration, self._folder)] if self.calibrates else []
         callbacks = self._ordered([EndTogether(), PlaceModule(), *calibrate, *callbacks])
-        trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise QatError(f"trainer: {error}") from error
         if self.verb == "fit":
             accumulate = self.datamodule.plan_batches(trainer.world_size, config.accumulate_grad_batches)
             trainer.accumulate_grad_batches = accumulate
@@ -179,6 +190,13 @@ class QatCLI(LightningCLI):
                 self._folder = fresh_folder(parent) if first_process() else parent
         return self._folder
 
+    def _remove_empty_folder(self) -> None:
+        """Leave no folder of a run that was refused before it began."""
+        if self._folder is not None and first_process():
+            with suppress(OSError):  # it is not empty
+                self._folder.rmdir()
+                self._folder.parent.rmdir()
+
     def fit(self, **kwargs: Any) -> None:
         """Train, from a checkpoint if there is one; what has changed since then is said."""
         self.model.run_options = run_options(self.config[self.verb])
@@ -189,6 +207,9 @@ class QatCLI(LightningCLI):
             for change in changes(before, self.model.run_options):
                 log.info("changed since the checkpoint: %s", change)
         self.trainer.fit(ckpt_path=self.ckpt, **kwargs)
+        top1 = self.trainer.callback_metrics.get("val/top1")
+        accuracy = "" if top1 is None else f", top-1 {float(top1):.2f} %"
+        log.info("training ended at step %d%s: %s", self.trainer.global_step, accuracy, self._run_folder() / LAST)
         if self.trainer.global_step == step:
             log.warning("nothing was left to train; a longer run has more data.crop_epochs or trainer.max_steps")
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
 import sys
 import time
-import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import qat
+from qat.cli.log import quiet_libraries, set_up_logging
 from qat.errors import QatError, bad_input
 from qat.runs.process import first_process
 
@@ -48,12 +47,6 @@ verbs:
 `qat VERB --help` lists the options of a verb. Start with:
   qat describe --config configs/deit_t_w4a4.yaml"""
 GRACE = 3.0  # seconds that another process than the first waits before it prints an error
-NOISE = (
-    ".*does not have many workers.*",  # the choice of data.workers
-    ".*isinstance\\(treespec, LeafSpec\\).*",  # lightning 2.6 under torch 2.15
-    "Checkpoint directory .* exists and is not empty",  # config.yaml lies there before the first checkpoint
-    ".*could not find the monitored key.*",  # training ended before the first validation
-)
 
 
 def run(arguments: Sequence[str]) -> Any:
@@ -76,12 +69,13 @@ def run(arguments: Sequence[str]) -> Any:
 
 
 def _load(module: str) -> Any:
-    """Import a module without the garbage collector, which finds nothing there and takes a sixth of the time."""
+    """Import a module, without the garbage collector, which would find nothing and take a sixth of the time."""
     collects = gc.isenabled()
     gc.disable()
     try:
         return importlib.import_module(module)
     finally:
+        quiet_libraries()
         gc.freeze()
         if collects:
             gc.enable()
@@ -105,21 +99,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def console() -> None:
     """Entry point of the command `qat`."""
     sys.exit(main())
-
-
-def set_up_logging() -> None:
-    """One log on stderr, without the noise of libraries."""
-    level = logging.INFO if first_process() else logging.WARNING  # one log, however many processes
-    logging.basicConfig(level=level, format="%(message)s", handlers=[_handler()])
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # devices that are not there, and advertisements
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
-
-
-def _handler() -> logging.Handler:
-    if not sys.stderr.isatty():
-        return logging.StreamHandler()
-    from rich.logging import RichHandler
-
-    return RichHandler(show_path=False)

@@ -21,9 +21,9 @@ def add_options(parser: ArgumentParser, verb: str) -> None:
     parser.add_argument("--base", type=str | list[str] | None, default=None,
                         help="Inside a config: configs, relative to it, that it starts from.")  # fmt: skip
     parser.add_argument("--seed_everything", type=int, default=0, help="Seed of weights, image order and crops.")
-    ckpt = "Checkpoint that describes its own model" + (
-        "; --ckpt last resumes the newest run of NAME." if verb == "fit" else "."
-    )
+    ckpt = "Checkpoint that qat wrote; it describes its own model."
+    if verb == "fit":
+        ckpt = "Checkpoint to resume from, with its --config: a file, or last for the newest run of NAME."
     parser.add_argument("--ckpt", type=Path | None, default=None, help=ckpt)
     parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the first config's when null.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Runs go to RUNS/NAME/DATE.")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
+from qat.cli.log import quiet_libraries
 from qat.errors import QatError, first_line
 
 LABELS = """Let a teacher label many crops of every training image, into one HDF5 file that qat fit trains on. A run
@@ -44,6 +45,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         QatError: bad input, or a disk that is full; what is finished is kept.
     """
     tool = _find(verb)
+    quiet_libraries()
     parser = ArgumentParser(
         prog=f"qat {verb}",
         usage=" ".join([f"qat {verb}", *map(str.upper, tool.positional), "[options]"]),

@@ -25,12 +25,12 @@ WORST = 5  # sites that are printed after a validation
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer; the arguments of its verbs are those of the command line.
+    """Options of Lightning's Trainer, and one of ours.
 
     Args:
-        float32_matmul_precision: how a GPU with Tensor Cores multiplies float32 matrices, see
-            torch.set_float32_matmul_precision: highest, exact; high, through TensorFloat-32, several times faster;
-            medium, through bfloat16. What torch has, highest by default, when null.
+        float32_matmul_precision: how a GPU multiplies float32 matrices. highest keeps float32; high rounds operands to
+            TensorFloat-32 and is several times faster on Tensor Cores; medium rounds them to bfloat16. Null leaves
+            what torch is set to, which is highest by default.
         **kwargs: arguments of Lightning's Trainer.
     """
 

@@ -14,7 +14,7 @@ class CalibrationOptions:
     Args:
         method: how quantizers are calibrated; null is InitSteps, which starts each by the init that its spec names.
         images: number of training images, which get the evaluation transform.
-        batch_size: images in one forward.
+        batch_size: images per forward pass.
         seed: seeds the choice of the images.
     """
 

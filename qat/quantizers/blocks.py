@@ -1,4 +1,4 @@
-"""Cuts elementwise work into blocks: what lies between input and output is then small, stays in the cache and is reused.
+"""Cuts work into blocks, so that what lies between input and output is small, stays in the cache and is reused.
 
 A temporary of the size of an activation costs more than the arithmetic on it: its pages come fresh from the system.
 """

@@ -13,6 +13,8 @@ from torch import Tensor
 
 EXACT_BITS = 53
 MANTISSA, BIAS = 52, 1023  # of a float64: a sign, 11 bits of exponent, 52 bits that follow the leading one
+# Integer type, bits that follow the leading one, and bias of the exponent.
+FIELDS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, MANTISSA, BIAS)}
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
@@ -50,6 +52,13 @@ def rounded_log2(x: Tensor) -> Tensor:
         return (x.view(torch.int64).add(1 << (MANTISSA - 1)) >> MANTISSA).sub_(BIAS)
     position = leading_one(x)
     return position + (2 * x >= torch.full_like(x, 3) << position)
+
+
+def rounded_power_(x: Tensor) -> Tensor:
+    """2 to the power of `rounded_log2`, for x > 0 in floating point; in place."""
+    integer, mantissa, _ = FIELDS[x.dtype]
+    x.view(integer).add_(1 << (mantissa - 1)).bitwise_and_(-1 << mantissa)
+    return x
 
 
 def leading_bits(x: Tensor, bits: int) -> Tensor:

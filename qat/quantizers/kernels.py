@@ -1,6 +1,6 @@
 """The arithmetic of a uniform grid, eager or compiled: values, and gradients from what was kept for backward.
 
-Everything works on any shape; ``step``, ``offset`` and bounds broadcast over ``x``. It is computed in float32 or better:
+Everything works on any shape; ``step``, ``offset`` and the bounds broadcast over ``x``. Computed in float32 or better:
 bfloat16 would change 8-bit codes.
 """
 

@@ -15,17 +15,21 @@ What n cuts off is a probability of 2**-n, 2**-20 in practice, below any code of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, floor, isfinite, log2
-from typing import Any, Literal, NamedTuple
+from math import ceil
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import kernels
-from qat.quantizers.integers import EXACT_BITS, divide, rounded_log2, shift_right
+from qat.quantizers.blocks import row_blocks
+from qat.quantizers.integer_exp import MAX_SHIFT, Exp
+from qat.quantizers.integers import rounded_log2, rounded_power_
 from qat.quantizers.layout import Layout
 from qat.quantizers.spec import Quantizer, Spec, Table
 from qat.quantizers.uniform import Uniform
@@ -33,8 +37,8 @@ from qat.quantizers.uniform import Uniform
 SoftmaxZero = Literal["last", "extra", "none"]
 MAX_CODE_BITS = 8  # no v below 2**53 needs more than 6
 FINEST = 2.0**-10  # of the steps of exp: finer ones change no power of two, and take bits from n
-MAX_SHIFT = 30
-ROWS = 1024  # computed at a time: their float64 stays in the cache
+LONGEST = MAX_SHIFT * ceil(0.6931 / FINEST) + 1  # distances that have an E of their own, at the finest step
+EXACT_FLOAT32 = 23  # exponents of integers that float32 holds, and of which the bit below the leading one counts
 
 
 @dataclass(frozen=True)
@@ -116,37 +120,68 @@ class LogIntSoftmaxQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
         """Exponents k, or the code of zero, the smallest integer type."""
-        exps = self.exponentials(logits.shape[-1]).double()
-        d = self.distances(logits, mask, len(exps) - 1)
-        parts = d.reshape(-1, d.shape[-1]).split(ROWS)
-        k = torch.cat([exponents(part, exps).clamp_(max=self.spec.qmax).to(self.code_dtype) for part in parts])
-        return k.view(d.shape)
+        codes = torch.empty(logits.shape, dtype=self.code_dtype, device=logits.device)
+        for v, _, target in self._inverses(logits, mask, codes):
+            target.copy_(rounded_log2(v).clamp_(max=self.spec.qmax))
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values, float32."""
-        values = [2.0**-k for k in range(self.spec.levels)]
+        values = torch.full((self.spec.levels,), 0.5, device=codes.device)
+        values[:1] = 1
+        values = values.cumprod(0)
         if self.spec.zero != "none":
-            values[-1] = 0.0
-        return _pick(torch.tensor(values, device=codes.device), codes.int())
+            values[-1:] = 0
+        return _pick(values, codes.int())
 
-    def distances(self, logits: Tensor, mask: Tensor | None, farthest: int) -> Tensor:
-        """How far below the largest of its row every integer logit is, int32, at most ``farthest``."""
-        zero, codes = self.zero_point, 2**self.spec.logit_bits
+    @torch.no_grad()
+    def quantized(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``decode(encode(logits, mask))``, float32, without the codes in between; NaN in a row that has a NaN."""
+        out, last = torch.empty(logits.shape, device=logits.device), self.spec.qmax
+        for v, valid, target in self._inverses(logits, mask, out):
+            power = rounded_power_(v.float() if last < EXACT_FLOAT32 else v)
+            values = torch.div(valid, power)
+            least = 2.0**-last if self.spec.zero == "none" else 2.0 ** (0.5 - last)
+            target.copy_(
+                values.clamp_(min=least) if self.spec.zero == "none" else F.threshold(values, least, 0, inplace=True)
+            )
+        return out
+
+    def _inverses(self, logits: Tensor, mask: Tensor | None, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Blocks of rows: v, float64; 1, or NaN where there is a NaN in the row or the step; the same rows of ``out``.
+
+        The table has a length that the host knows, so that it need not wait for an accelerator.
+        """
+        codes = 2**self.spec.logit_bits
+        exps, farthest = self.exponentials(logits.shape[-1], codes if mask is None else LONGEST)
+        x = self._integers(logits, mask, farthest + codes)
+        for part, target in row_blocks(x, out):
+            top = part.amax(-1, keepdim=True)
+            yield inverses((top - part).int(), exps), 1 + 0 * top * self.step, target
+
+    def _integers(self, logits: Tensor, mask: Tensor | None, reach: Tensor) -> Tensor:
+        """Logits and mask in steps, float32; a mask of ``reach`` brings any logit to the farthest distance."""
+        zero, codes = kernels.number(self.zero_point), 2**self.spec.logit_bits
         x = kernels.scaled(logits, self.step, None).clamp_(-zero, codes - 1 - zero).round_()
         if mask is not None:
-            reach = farthest + codes  # brings any logit to the farthest; exact in float32
             x = x + (mask.float() / self.step).clamp(-reach, reach).round_()
-        return (x.amax(-1, keepdim=True) - x).clamp_(max=farthest).int()
+        return x
 
-    def exponentials(self, keys: int) -> Tensor:
-        """E (int64) of every distance that matters among so many keys; all that are farther have the last."""
-        step = self.step.item()
-        if not isfinite(step):
+    def exponentials(self, keys: int, length: int) -> tuple[Tensor, Tensor]:
+        """E (length,) of every distance among so many keys, and the distance from which on all have the last; float64.
+
+        Raises:
+            QatError: the step is missing, on a CPU; elsewhere the result is NaN, for the host does not wait.
+        """
+        if self.step.device.type == "cpu" and not torch.isfinite(self.step).all():
             raise QatError("LogIntSoftmax has no step yet: calibrate first, or load a checkpoint")
-        shift = min(self.spec.extra_bits, max(0, ceil(log2(step / FINEST))))
-        exp = Exp.of(step / 2**shift, keys)
-        farthest = ceil(exp.n * -exp.x0 / 2**shift)
-        return exp(-torch.arange(farthest + 1, device=self.step.device) << shift)
+        step = self.step.detach().double()
+        below = (step / FINEST).nextafter(torch.zeros_like(step))  # of a power of two: its own exponent is one higher
+        shift = torch.frexp(below).exponent.clamp(0, self.spec.extra_bits)
+        scale = torch.ones_like(shift) << shift
+        exp = Exp.of(step / scale, keys)
+        farthest = (exp.n * -exp.x0 / scale).ceil()
+        return exp(-torch.arange(length, device=step.device) << shift).double(), farthest.float()
 
     def target(self, x: Tensor, *others: Any) -> Tensor:
         """The softmax of the logits, with the mask if there is one."""
@@ -164,35 +199,14 @@ class LogIntSoftmaxQuantizer(Quantizer):
         return {"step": step, "zero_point": (-low / step).round()}
 
 
-class Exp(NamedTuple):
-    """exp of integers times a step, as integers in units of about ``step**2 / 2.7921 / 2**n``."""
+def inverses(distances: Tensor, exps: Tensor) -> Tensor:
+    """v (..., N) of every key from distances (..., N), int32, and E of every distance, both float64.
 
-    b: int
-    c: int
-    x0: int
-    n: int
-
-    @classmethod
-    def of(cls, step: float, keys: int) -> Exp:
-        """The constants for a step, with which the sum over so many keys, and half a term, stay below 2**53."""
-        a = 0.35815147  # exp(r) is about a (r**2 + 2.7073 r + 2.7921) for -ln 2 < r <= 0
-        c = max(1, floor(1 / a / step**2))  # 0 for a step above 1.67, which leaves powers of two: r is always 0
-        n = min(MAX_SHIFT, EXACT_BITS - ((keys + 1) * c).bit_length())  # no E exceeds c << n
-        return cls(floor(0.96963238 / a / step), c, floor(-0.6931 / step), n)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """E > 0 for int64 x <= 0."""
-        x = x.clamp(min=self.n * self.x0)
-        q = divide(-x, torch.full_like(x, -self.x0))
-        r = x - q * self.x0
-        return (r * (r + self.b) + self.c) << (self.n - q)
-
-
-def exponents(distances: Tensor, exps: Tensor) -> Tensor:
-    """k (..., N) of every key, int64, from distances (..., N) and E, int64 or float64, of every distance."""
-    E = _pick(exps, distances)
-    v = shift_right(E, 1).add_(E.sum(-1, keepdim=True)).div_(E, rounding_mode="trunc")  # (2 sum + E) // (2 E)
-    return rounded_log2(v)
+    v is exact next to each n + 1/2 at which a power of two ends, so that its power is that of integer arithmetic:
+    sum / E below n + 1/2 is at least 1 / 2E below it, and because the sum is below 2**53 it is not rounded up to it.
+    """
+    E = _pick(exps, distances.clamp_(0, len(exps) - 1))
+    return torch.div(E.sum(-1, keepdim=True), E, out=E).add_(0.5).floor_()
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:
@@ -213,7 +227,7 @@ class AsSoftmax(torch.autograd.Function):
     ) -> Tensor:
         """Values, in the dtype of ``logits``."""
         ctx.save_for_backward(logits, mask, step)
-        return quantizer.decode(quantizer.encode(logits, mask)).to(logits.dtype)
+        return quantizer.quantized(logits, mask).to(logits.dtype)
 
     @staticmethod
     @once_differentiable

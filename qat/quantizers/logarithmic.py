@@ -27,12 +27,12 @@ from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import kernels
+from qat.quantizers.integers import FIELDS
 from qat.quantizers.layout import Layout
 from qat.quantizers.spec import MIN_STEP, Quantizer, Spec, Table
 
 LogZero = Literal["last", "extra", "rounded"]
 MAX_LOG_BITS = 8  # the smallest value is step * 2**-127 already: float32 has nothing below
-FIELDS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}  # integer, mantissa, bias
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class LSQQuantizer(Quantizer):
         step = self.view(self.step, x)
         offset = None if self.offset is None else self.view(self.offset, x)
         gain = self.gain(x) if torch.is_grad_enabled() and self.step.requires_grad else 1.0
-        out: Tensor = FakeQuantize.apply(x, step, offset, gain, (self.qmin, self.qmax), self.kernels(x))
+        out: Tensor = FakeQuantize.apply(x, step, offset, gain, (self.qmin, self.qmax), self.arithmetic(x))
         return out
 
     @torch.no_grad()

@@ -80,7 +80,7 @@ class PTFQuantizer(Quantizer):
         gain = self.gain(x) if learns else 1.0
         step = self.view(self.channel_step, x)
         bounds = [kernels.number(bound) for bound in self.bounds]
-        out: Tensor = FakeQuantize.apply(x, step, None, gain, bounds, self.kernels(x))
+        out: Tensor = FakeQuantize.apply(x, step, None, gain, bounds, self.arithmetic(x))
         return out
 
     @property

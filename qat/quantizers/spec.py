@@ -228,7 +228,7 @@ class Quantizer(nn.Module, ABC):
         self.compiled = self.compilable
         return self.compilable
 
-    def kernels(self, x: Tensor) -> Kernels:
+    def arithmetic(self, x: Tensor) -> Kernels:
         """The arithmetic of the grid for ``x``; QatError where it is to be compiled and cannot be."""
         return kernels.compiled(x.device.type) if self.compiled else kernels.EAGER
 

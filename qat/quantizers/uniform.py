@@ -107,7 +107,7 @@ class UniformQuantizer(Quantizer):
             return x
         learns = torch.is_grad_enabled() and self.step.requires_grad
         gain = self.gain(x) if learns else 1.0
-        out: Tensor = FakeQuantize.apply(x, self.view(self.step, x), None, gain, self.bounds(x), self.kernels(x))
+        out: Tensor = FakeQuantize.apply(x, self.view(self.step, x), None, gain, self.bounds(x), self.arithmetic(x))
         return out
 
     def bounds(self, x: Tensor) -> tuple[Bound, Bound]:

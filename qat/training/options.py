@@ -39,9 +39,9 @@ class ModelOptions:
             rate however small the parameter is, and an offset of softmax is about 0.002.
         min_lr: learning rate at the end of the cosine.
         warmup_steps: optimizer steps of linear warm-up.
-        weight_decay: of weight matrices; steps, offsets, biases, norms and embeddings are never decayed.
-        betas: of AdamW.
-        eps: of AdamW; it damps gradients that are not well above it.
+        weight_decay: weight decay of matrices; steps, offsets, biases, norms and embeddings are never decayed.
+        betas: AdamW's betas.
+        eps: AdamW's epsilon; it damps gradients that are not well above it.
         seed: fixes drop path and dropout, step by step; seed_everything, or 0, when not given.
         preprocessing: evaluation transform (size, resize, interpolation, mean, std); timm's for arch when null.
             The command line takes it from data.preprocessing.

@@ -50,6 +50,10 @@ def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path, capsys: pyt
     one = write(tmp_path / "one.yaml", base="two.yaml")
     write(tmp_path / "two.yaml", base="one.yaml")
     assert "is its own base" in fails(capsys, "describe", "--config", one)
+    loop = write(tmp_path / "sub/loop.yaml", base="../sub/loop.yaml")
+    assert "is its own base" in fails(capsys, "fit", "--config", loop)
+    for wrong in (3, [1], {"a": "b"}):
+        assert "base is" in fails(capsys, "fit", "--config", write(tmp_path / "wrong.yaml", base=wrong))
     with pytest.raises(QatError, match="base stands inside a config"):
         with_bases(["--base", str(one)])
 
