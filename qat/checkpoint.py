@@ -81,16 +81,16 @@ class Card:
 REPLACED_BY_A_CARD = frozenset(Card("", {}, 0, [], {}, []).options())  # names of options
 
 
-def check_restored(content: Mapping[str, Any], card: Card, fits: bool, averages: bool) -> None:
+def check_restored(content: Mapping[str, Any], card: Card, resumes: bool, averages: bool) -> None:
     """Raise QatError when a checkpoint cannot be restored into the model that ``card`` describes.
 
     Args:
         content: what the checkpoint holds.
         card: of the model that was built.
-        fits: training resumes, rather than evaluation.
+        resumes: training resumes from it; False for an evaluation.
         averages: the run has a weight average.
     """
-    if fits and AVERAGED in content and not averages:
+    if resumes and AVERAGED in content and not averages:
         raise QatError(
             "the checkpoint was written with a weight average, and training would resume from the average instead of "
             "the weights: add the callback again (--config configs/add/average.yaml)"

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a line now and then elsewhere."""
+"""How far a long job is: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class ConsoleLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the step, and the loss of the last step whose metrics were logged, now and then."""
+        """Log the step, and the loss of the last step whose metrics were logged, at most every ``seconds`` seconds."""
         metrics = self._last_logged.read(trainer)
         if time.monotonic() - self._last_line < self.seconds:
             return

@@ -18,7 +18,7 @@ import lightning as L
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 log = logging.getLogger(__name__)
-PERIOD = 0.2  # seconds between two looks at the other processes
+PERIOD = 0.2  # seconds between two checks of the other processes
 GRACE = 3.0  # seconds in which an error of another process, which may be the cause of ours, shows
 
 
@@ -50,7 +50,7 @@ class EndTogether(L.Callback):
         """End the children; where one of them failed first, its message has been printed: leave with its exit code."""
         if not self._children:
             return
-        code = self._failed_child(GRACE) if isinstance(exception, RuntimeError) else 0  # gloo: a peer has gone
+        code = self._failed_child(GRACE) if isinstance(exception, RuntimeError) else 0  # gloo: a peer has exited
         self._finished.set()
         self._kill_children()
         if code:

@@ -36,7 +36,7 @@ class GradientRatio(L.Callback):
 
 
 def gradient_ratios(module: QATModule) -> dict[str, float]:
-    """The ratio of each regularizer at work, by name; ``.grad`` must hold the sum of the gradients of all losses."""
+    """The ratio of each active regularizer, by name; ``.grad`` must hold the sum of the gradients of all losses."""
     parts = {name: _gradients(penalty, module.model) for name, penalty in module.penalties()}
     if not parts:
         return {}

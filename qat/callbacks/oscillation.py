@@ -53,9 +53,9 @@ class OscillationTracker(L.Callback):
     oscillation stays above a threshold of 0.005 for 68 updates, with 0.001 six are needed to pass it.
 
     Args:
-        momentum: of the frequency.
+        momentum: weight of the newest observation in the running frequency.
         threshold: frequency above which a weight counts as oscillating.
-        every: optimizer steps between two looks at the codes.
+        every: optimizer steps between two comparisons of the codes.
         log_every: optimizer steps between two entries in the metrics.
     """
 
@@ -166,7 +166,7 @@ class IterativeFreezing(OscillationTracker):
     Args:
         freeze_above: frequency above which a weight is frozen, when training starts.
         freeze_above_at_end: the same when training ends; a cosine leads there. ``freeze_above`` when null.
-        momentum: of the frequency and of the mean code.
+        momentum: weight of the newest observation in the running frequency and mean code.
         threshold: frequency above which a weight counts as oscillating in the metrics.
         max_bits: widest weight that is tracked and frozen.
         log_every: optimizer steps between two entries in the metrics.

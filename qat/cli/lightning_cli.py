@@ -198,7 +198,7 @@ class QatCLI(LightningCLI):
                 self._folder.parent.rmdir()
 
     def fit(self, **kwargs: Any) -> None:
-        """Train, from a checkpoint if there is one; what has changed since then is said."""
+        """Train, from a checkpoint if there is one; options that have changed since then are logged."""
         self.model.run_options = run_options(self.config[self.verb])
         step = -1
         if self.ckpt is not None:

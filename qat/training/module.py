@@ -233,5 +233,5 @@ class QATModule(L.LightningModule):
         """Raise QatError when the checkpoint holds another model, or lacks a callback that its run needs to resume."""
         trainer: L.Trainer = self.trainer
         averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        check_restored(checkpoint, self.card, fits=trainer.state.fn == TrainerFn.FITTING, averages=averages)
+        check_restored(checkpoint, self.card, resumes=trainer.state.fn == TrainerFn.FITTING, averages=averages)
         self.calibration = checkpoint[KEY].get("calibration", {})

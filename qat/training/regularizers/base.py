@@ -21,7 +21,7 @@ class Regularizer(ABC):
     """A loss on chosen quantized weights, with a weight that rises along a cosine.
 
     Args:
-        weight: of the loss when training ends.
+        weight: weight of this loss when training ends; it rises to it along a cosine.
         start: share of training, 0 to 1, before the weight rises from zero; nothing is computed until then.
         sites: glob over the names of weight sites.
         max_bits: widest weight that is regularized; the default leaves out the 8-bit first and last layer.

@@ -42,7 +42,7 @@ class BinRegularizer(Regularizer):
     """Distance from the bin centre plus the variance within each bin.
 
     Args:
-        weight: of the loss when training ends; 0.01 is that of the released VVTQ code.
+        weight: weight of this loss when training ends; the released VVTQ code has 0.01.
         start: share of training, 0 to 1, before the weight rises from zero; nothing is computed until then.
         reduction: of the squared distances: their sum over a weight (as in the paper), or their mean (as released),
             which is some 2,000 times weaker on DeiT-Tiny.

@@ -21,7 +21,7 @@ class Dampening(Regularizer):
     """Squared distance of each weight from its quantized value; clipped weights get no gradient.
 
     Args:
-        weight: of the loss when training ends; 0.1 is that of Nagel et al. for MobileNetV2.
+        weight: weight of this loss when training ends; Nagel et al. have 0.1 for MobileNetV2.
         start: share of training, 0 to 1, before the weight rises from zero; nothing is computed until then.
         reduction: over the values of a weight: sum, mean, or channel (sum over output channels, mean over the rest,
             the released form of Nagel et al.).
