@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from scripts.oldest import PYPROJECT, oldest, requirements_of
+from tools.oldest import PYPROJECT, oldest, requirements_of
 
 
 def test_lower_bounds_become_exact_versions():

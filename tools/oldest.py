@@ -1,6 +1,6 @@
 """Print a constraints file with the oldest version of every package that pyproject.toml allows.
 
-    python scripts/oldest.py >oldest.txt && pip install -e '.[dev]' -c oldest.txt
+    python tools/oldest.py >oldest.txt && pip install -e '.[dev]' -c oldest.txt
 
 Needs Python alone. A requirement without a lower bound is an error: nobody could say what it has been tested with.
 """
