@@ -15,6 +15,8 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ class EndTogether(L.Callback):
     """Ends the other processes of a run when this one fails, and this one when another has failed.
 
     It does nothing where there is one process, or where another program (torchrun, SLURM) has started them all: that
-    program ends them.
+    program ends them. Of several nodes that Lightning has started by hand, each looks after its own processes only.
     """
 
     def __init__(self) -> None:
@@ -36,25 +38,37 @@ class EndTogether(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Watch the processes that this one has started, or the one that has started it."""
         self._finished.clear()
+        self._take_over_children(trainer)
         launcher = trainer.strategy.launcher
-        if not isinstance(launcher, _SubprocessScriptLauncher):
-            return
-        if launcher.procs:
-            self._children = list(launcher.procs)
-            launcher.procs.clear()  # Lightning's observer has the same list: it has nothing to kill any more
+        if self._children:
             threading.Thread(target=self._watch_children, daemon=True).start()
-        elif trainer.local_rank > 0 and not launcher.cluster_environment.creates_processes_externally:
+        elif trainer.local_rank > 0 and isinstance(launcher, _SubprocessScriptLauncher):
+            if not isinstance(launcher.cluster_environment, LightningEnvironment):
+                return  # torchrun or SLURM
             threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """End the children; where one of them failed first, its message has been printed: leave with its exit code."""
+        self._take_over_children(trainer)  # the exception may have come before `setup`
         if not self._children:
             return
-        code = self._failed_child(GRACE) if isinstance(exception, RuntimeError) else 0  # gloo: a peer has exited
+        lost_a_peer = isinstance(exception, RuntimeError) and not isinstance(exception, torch.OutOfMemoryError)
+        code = self._failed_child(GRACE) if lost_a_peer else 0
         self._finished.set()
         self._kill_children()
         if code:
             _leave(code)
+
+    def _take_over_children(self, trainer: L.Trainer) -> None:
+        """Empty the list that Lightning's observer looks at, so that it has nothing to kill any more.
+
+        Lightning's handler of signals gets a list of its own: it passes them on to the children.
+        """
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs and not self._children:
+            observed, launcher.procs = launcher.procs, list(launcher.procs)
+            self._children = list(observed)
+            observed.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stop watching: processes that have finished end one after the other."""

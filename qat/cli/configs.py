@@ -31,6 +31,8 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
             found.append(word)
             continue
         value = value or next(words, "")
+        if "base:" in value:
+            raise QatError(f"base stands inside a config file, not in the text of an option: {value}")
         for path in [*_bases(Path(value), ()), value]:
             found += ["--config", str(path)]
     return found
@@ -68,6 +70,8 @@ def _bases(path: Path, inside: tuple[Path, ...]) -> list[Path]:
 def read_old_class_paths() -> None:
     """Let configs name classes as they were named before they moved."""
     default = get_loader("yaml")
+    if default.__module__ == __name__:  # it is ours already
+        return
 
     def load(text: str) -> Any:
         content = default(text)

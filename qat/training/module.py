@@ -26,7 +26,7 @@ from qat.errors import QatError
 from qat.models import param_groups, regroup
 from qat.preprocessing import Preprocessing
 from qat.quantizers.projection import Projection
-from qat.sites.insert import quantizers, raise_for_uncalibrated
+from qat.sites.insert import WeightSite, quantizers, raise_for_uncalibrated
 from qat.training.finite import FiniteCheck
 from qat.training.length import total_steps
 from qat.training.losses import cross_entropy, entropy
@@ -53,12 +53,14 @@ class StepRecord(NamedTuple):
     penalties: dict[str, Tensor]  # weighted, by the name of the regularizer
     rates: dict[str, float]
     crops: int
+    due: bool  # Lightning writes the metrics of this step
 
 
 class QATModule(L.LightningModule):
     """Quantization-aware training of a timm model.
 
-    A training step never makes the host wait for the device, except in steps whose metrics Lightning writes.
+    On one device, a training step makes the host wait only where Lightning writes its metrics. With several, Lightning
+    itself asks at every step whether a process was told to end.
     """
 
     def __init__(self, options: ModelOptions) -> None:
@@ -69,7 +71,7 @@ class QATModule(L.LightningModule):
         self.total = 0  # optimizer steps of the run
         self.run_options: dict[str, Any] = {}  # kept in the checkpoint; the command line fills it
         self.regularizers = named(options.regularizers or [])
-        self.regularized = {name: each.choose(self.model) for name, each in self.regularizers.items()}  # weights
+        self.regularized = self.choose_weights()  # QatError, before training, when a regularizer matches none
         outputs = self.card.num_classes
         # In a tuple, so that it is no submodule: a teacher has no place in the checkpoint or the optimizer.
         self.teacher: tuple[Teacher, ...] = ()
@@ -81,6 +83,7 @@ class QATModule(L.LightningModule):
         self.finite = FiniteCheck()
         self.project: Projection | None = None
         self.record: StepRecord | None = None  # of the last batch, until it is logged
+        self.logs_at_batch_end = self.is_monitored = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of uint8 images (B, 3, S, S)."""
@@ -94,17 +97,20 @@ class QATModule(L.LightningModule):
         self.finite.check(loss, f"step {self.global_step} (epoch {self.current_epoch})")
         penalties = dict(self.penalties())
         detached = {name: penalty.detach() for name, penalty in penalties.items()}
-        self.record = StepRecord(loss.detach(), labels, detached, self.rates(), len(batch.images))
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:
+        self.record = StepRecord(loss.detach(), labels, detached, self.rates(), len(batch.images), self.is_due())
+        if self.record.due and not self.logs_at_batch_end:
             self.log_record()
         return sum(penalties.values(), loss)
 
+    def is_due(self) -> bool:
+        """Whether the metrics of the step that comes next are written, or a callback monitors one of them."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.is_monitored or bool(every and (self.global_step + 1) % every == 0)
+
     def log_record(self) -> None:
-        """Log losses, averaged over processes, and learning rates of the last batch, unless that is done already."""
-        if self.record is None:
-            return
-        (loss, labels, penalties, rates, crops), self.record = self.record, None
+        """Log losses, averaged over processes, and learning rates of the last batch."""
+        assert self.record is not None
+        (loss, labels, penalties, rates, crops, _), self.record = self.record, None
         losses = {"train/loss": loss}
         if labels is not None:
             floor = entropy(labels, self.card.num_classes)
@@ -114,8 +120,13 @@ class QATModule(L.LightningModule):
         self.log_dict(rates)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Lightning also writes the metrics of a step after which a callback ends the run."""
-        if self.trainer.should_stop:
+        """Log a step after which a callback ends the run: Lightning writes its metrics too.
+
+        From then on every step is logged here, because Lightning keeps what two hooks log under one name apart, and
+        would write the older value.
+        """
+        self.logs_at_batch_end |= self.trainer.should_stop
+        if self.logs_at_batch_end and self.record is not None and (self.record.due or self.trainer.should_stop):
             self.log_record()
         if self.record is None:  # it was logged, so the host waits for this step in any case
             self.finite.wait()
@@ -128,6 +139,10 @@ class QATModule(L.LightningModule):
         """The learning rates of weights and of steps."""
         first, *_, last = self.trainer.optimizers[0].param_groups
         return {"lr": first["lr"], "step_lr": last["lr"]}
+
+    def choose_weights(self) -> dict[str, list[WeightSite]]:
+        """The weights of each regularizer, by its name."""
+        return {name: regularizer.choose(self.model) for name, regularizer in self.regularizers.items()}
 
     def penalties(self) -> Iterator[tuple[str, Tensor]]:
         """Name and weighted loss of every regularizer whose weight is above zero by now; others are not computed."""
@@ -165,6 +180,10 @@ class QATModule(L.LightningModule):
         """Raise QatError where calibration was forgotten; move the teacher to the device."""
         raise_for_uncalibrated(self.model)
         self.project = Projection(quantizer for _, quantizer in quantizers(self.model))
+        self.regularized = self.choose_weights()  # loading may have replaced parameters
+        self.finite, self.logs_at_batch_end = FiniteCheck(), False
+        monitors = [str(getattr(callback, "monitor", "")) for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
+        self.is_monitored = any(name.startswith("train/") or name in self.rates() for name in monitors)
         for teacher in self.teacher:
             teacher.to(self.device)
 

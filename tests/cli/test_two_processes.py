@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,28 @@ def test_an_error_ends_all_processes_with_one_line(failing: str, config: Path, o
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_process_whose_starter_was_killed_ends(config: Path, odd: Path, tmp_path: Path) -> None:
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "stuck.py").write_text(STUCK)
+    options = ("--config", config, "--data.root", odd, "--runs", tmp_path / "runs", "--data.batch_size", "4")
+    words = [sys.executable, tmp_path / "stuck.py", "fit", *options, "--calibration.images", "2"]
+    words += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAILING": "", "PIDS": str(tmp_path / "pids")}
+    first = subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
+    first.kill()
+    first.wait()
+    (other,) = (int(path.name) for path in (tmp_path / "pids").iterdir() if int(path.name) != first.pid)
+    wait_until(lambda: not Path(f"/proc/{other}").exists())
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_processes_share_the_global_batch(config: Path, odd: Path, two: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 
+from qat.cli import run as command
 from qat.errors import QatError
 from qat.runs.metrics import MetricsFile
 from qat.training import module as training
@@ -126,3 +127,28 @@ def test_weights_that_are_not_finite_are_not_saved(images: Path, tmp_path: Path)
     with pytest.raises(QatError, match=r"head\.weight is not finite at step 1"):
         trainer.save_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "bad.ckpt").exists()
+
+
+def logged(folder: Path) -> dict[str, str]:
+    """The loss of each logged step."""
+    (file,) = folder.glob("*/*/metrics.csv")
+    with file.open() as rows:
+        return {row["step"]: row["train/loss"] for row in csv.DictReader(rows) if row["train/loss"]}
+
+
+def test_steps_after_an_early_stop_that_has_to_wait_have_their_own_metrics(config: Path, tmp_path: Path) -> None:
+    """The stop is asked for in the validation of step 3, and min_steps delays it."""
+    common = ["fit", "--config", str(config), "--trainer.log_every_n_steps", "2", "--trainer.val_check_interval", "3"]
+    stop = ["EarlyStopping", "--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.stopping_threshold", "100"]
+    command([*common, "--runs", str(tmp_path / "whole")])
+    command([*common, "--runs", str(tmp_path / "early"), "--trainer.min_steps", "8", "--trainer.callbacks+", *stop])
+    whole, early = logged(tmp_path / "whole"), logged(tmp_path / "early")
+    assert {"1", "3", "5", "7"} <= early.keys()
+    assert all(early[step] == whole[step] for step in early.keys() & whole.keys())
+
+
+def test_a_callback_may_monitor_the_training_loss(config: Path, tmp_path: Path) -> None:
+    words = ["--trainer.log_every_n_steps", "50", "--trainer.callbacks+", "EarlyStopping"]
+    words += ["--trainer.callbacks.monitor", "train/loss"]
+    cli = command(["fit", "--config", str(config), "--runs", str(tmp_path), *words])
+    assert cli.trainer.global_step == 9
