@@ -153,7 +153,7 @@ class QuantLayerNorm(nn.Module):
                     f"IntegerNorm reads integers from a tensor of {x.dtype}, which cannot hold them: run with "
                     "trainer.precision 32-true"
                 )
-            integers = (x.float() / self.source[0].step).round()
+            integers = (x.detach().float() / self.source[0].step.detach()).round_()
             y = self.output_quant(y, integers, self.weight, self.bias)
         else:
             y = self.output_quant(y)

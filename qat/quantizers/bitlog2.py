@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
+from qat.quantizers import kernels
+from qat.quantizers.blocks import blocks
 from qat.quantizers.layout import Layout
 from qat.quantizers.spec import Quantizer, Spec
 
@@ -163,12 +165,19 @@ class FakeBitLog2(torch.autograd.Function):
         """Values, in the dtype of ``x``."""
         ctx.save_for_backward(x, step)
         ctx.spec = spec
-        return leading_values(x, spec).mul_(step).to(x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for part, target in blocks((x, out), (step,)):
+            torch.mul(leading_values(part, spec), step, out=target)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and ``step`` (equations at the top of the file)."""
         x, step = ctx.saved_tensors
-        inside = (x >= 0) & (x <= 1)
-        return grads[0] * inside, (leading_values(x, ctx.spec) * grads[0]).sum_to_size(step.shape), None
+        d_x = torch.empty(x.shape, dtype=grads[0].dtype, device=x.device)
+        d_step = torch.empty(x.shape, dtype=kernels.wide(grads[0]), device=x.device)
+        for part, grad, d, slope in blocks((x, grads[0], d_x, d_step), (step,)):
+            torch.mul(grad, (part >= 0) & (part <= 1), out=d)
+            torch.mul(leading_values(part, ctx.spec), grad, out=slope)
+        return d_x, d_step.sum_to_size(step.shape), None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 2**16  # values for each thread
+CPU_BLOCK = 2**17  # values for each thread
 OTHER_BLOCK = 2**24  # accelerators: enough work for one kernel, and 128 MB of float64
 
 
@@ -35,7 +35,7 @@ def blocks(tensors: Sequence[Tensor], constants: Sequence[object]) -> Iterator[t
             value along the first axis of ``tensors`` prevent the cut.
     """
     shape, size = tensors[0].shape, block_size(tensors[0].device)
-    if tensors[0].numel() <= size:
+    if torch.compiler.is_compiling() or tensors[0].numel() <= size:
         return iter([tuple(tensors)])
     shapes = [tuple(constant.shape) for constant in constants if isinstance(constant, Tensor)]
     if set(shapes) <= {(), (1,)} and all(x.is_contiguous() for x in tensors):

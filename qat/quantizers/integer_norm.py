@@ -22,6 +22,7 @@ Both leave out the eps of LayerNorm; a token without variance gets beta. Shapes:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,9 +31,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
-from qat.quantizers import kernels
-from qat.quantizers.integers import divide, isqrt, leading_bits, shift_right
-from qat.quantizers.kernels import Bound
+from qat.quantizers.blocks import row_blocks
+from qat.quantizers.integers import divide, isqrt, leading_bits
+from qat.quantizers.kernels import Bound, Kernels, host_reads
 from qat.quantizers.layout import Layout
 from qat.quantizers.uniform import Uniform, UniformQuantizer
 
@@ -92,9 +93,13 @@ class IntegerNormQuantizer(UniformQuantizer):
         """
         if not self.enabled:
             return y
-        out = self.decode(self.encode(y, self._needed(integers), weight, bias)).to(y.dtype)
+        if integers is None:
+            raise QatError(
+                "IntegerNorm computes with integers: give a spec to the site that the norm reads, or another here"
+            )
+        out = self._values(y, integers, weight, bias)
         gain = self.gain(y) if torch.is_grad_enabled() and self.step.requires_grad else 1.0
-        result: Tensor = Replaced.apply(y, self.step, out, gain, self.bounds(y))
+        result: Tensor = Replaced.apply(y, self.step, out, gain, self.bounds(y), self.arithmetic(y))
         return result
 
     @torch.no_grad()
@@ -104,33 +109,46 @@ class IntegerNormQuantizer(UniformQuantizer):
         """Integer codes of what the integers give; without them, of the float output ``y``. Arguments as `forward`."""
         if integers is None:
             return super().encode(y)
+        codes = torch.empty(y.shape, dtype=self.code_dtype, device=y.device)
+        for rounded, target in self._rounded(y, integers, weight, bias, codes):
+            target.copy_(rounded.clamp_(*self.bounds(y)).add_(self.zero_point))
+        return codes
+
+    @torch.no_grad()
+    def _values(self, y: Tensor, integers: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``decode(encode(...))`` in the dtype of ``y``, without the codes in between."""
+        out = torch.empty(y.shape, device=y.device)
+        for rounded, target in self._rounded(y, integers, weight, bias, out):
+            target.copy_(rounded).clamp_(*self.bounds(y)).add_(0.0).mul_(self.step)  # -0.0 becomes 0.0, as in decode
+        return out.to(y.dtype)
+
+    def _rounded(
+        self, y: Tensor, integers: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of rows: round(y), float64, and the same rows of ``out``."""
         step = self.step.double()
-        gamma = (1.0 if weight is None else weight.double()) / step
-        beta = (0.0 if bias is None else bias.double()) / step
-        norm = integer_norm if self.spec.arithmetic == "integer" else released_norm
-        rounded = norm(integers.double(), gamma, beta).clamp_(*self.bounds(y))
-        return (rounded + self.view(self.zero_point, y)).to(self.code_dtype)
+        gamma = (torch.ones_like(step) if weight is None else weight.double()) / step
+        beta = (torch.zeros_like(step) if bias is None else bias.double()) / step
+        exact = self.spec.arithmetic == "integer"
+        norm, constants = (integer_norm, fixed_point(gamma, beta)) if exact else (released_norm, (gamma, beta))
+        for part, target in row_blocks(integers, out):
+            yield norm(part.double(), *constants), target
 
     def affine(self) -> None:
         """None: a code depends on its whole row."""
         return
-
-    def _needed(self, integers: Tensor | None) -> Tensor:
-        if integers is None:
-            raise QatError(
-                "IntegerNorm computes with integers: give a spec to the site that the norm reads, or another here"
-            )
-        return integers
 
 
 class Replaced(torch.autograd.Function):
     """Given values in the place of ``y``, with the gradients of `FakeQuantize`. It keeps ``y``, not the values."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, step: Tensor, values: Tensor, gain: float, bounds: tuple[Bound, Bound]) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, step: Tensor, values: Tensor, gain: float, bounds: tuple[Bound, Bound], kernels: Kernels
+    ) -> Tensor:
         """``values``."""
         ctx.save_for_backward(y, step)
-        ctx.gain, ctx.bounds = gain, bounds
+        ctx.gain, ctx.bounds, ctx.kernels = gain, bounds, kernels
         return values
 
     @staticmethod
@@ -138,16 +156,24 @@ class Replaced(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``y`` and ``step``."""
         y, step = ctx.saved_tensors
-        d_y, d_step, _ = kernels.gradients(y, step, None, grads[0], *ctx.bounds)
-        return d_y, d_step * ctx.gain, None, None, None
+        d_y, d_step, _ = ctx.kernels.gradients(y, step, None, grads[0], *ctx.bounds)
+        return d_y, d_step * ctx.gain, None, None, None, None
 
 
 def moments(integers: Tensor) -> tuple[Tensor, Tensor]:
-    """S and V (..., 1) of I (..., C), int64 or float64; QatError where they could outgrow the widths above."""
+    """S and V (..., 1) of whole numbers I (..., C), float64.
+
+    Raises:
+        QatError: they could outgrow the widths above, on a CPU. Elsewhere, where the host does not wait for the result,
+            S and V are NaN in such a row.
+    """
     C = integers.shape[-1]
     S = integers.sum(-1, keepdim=True)
     squares = C * (integers * integers).sum(-1, keepdim=True)
-    if (squares > MAX_SQUARES).any():
+    wide = squares > MAX_SQUARES
+    if not host_reads(integers.device):
+        S = S.masked_fill_(wide, torch.nan)
+    elif wide.any():
         raise QatError(
             f"the integers of a LayerNorm over {C} channels reach {integers.abs().max():.0f}: quantize its input to "
             "fewer bits, or to a range that contains zero"
@@ -155,15 +181,23 @@ def moments(integers: Tensor) -> tuple[Tensor, Tensor]:
     return S, squares - S * S
 
 
-def integer_norm(integers: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """y (..., C) in units of s_o from I (..., C), int64 or float64, and float64 gamma / s_o and beta / s_o (C,)."""
-    G = (gamma.clamp(-LARGEST, LARGEST) * 2.0**GAIN).round()
-    B = (beta.clamp(-LARGEST, LARGEST) * 2.0**POINT).round() + 2.0 ** (POINT - 1)
+def fixed_point(gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """G << 19 and (B + 2**30) / 2**31 (C,), float64, from gamma / s_o and beta / s_o (C,), float64."""
+    G = (gamma.clamp(-LARGEST, LARGEST) * 2.0**GAIN).round_()
+    B = (beta.clamp(-LARGEST, LARGEST) * 2.0**POINT).round_()
+    return G * 2.0 ** (POINT + ROOT - GAIN), (B + 2.0 ** (POINT - 1)) * 2.0**-POINT
+
+
+def integer_norm(integers: Tensor, G: Tensor, B: Tensor) -> Tensor:
+    """y (..., C) in units of s_o from I (..., C), float64, and what `fixed_point` gives.
+
+    What is summed is scaled by 2**-31, which is exact in floating point: the shift at the end is then only a floor.
+    """
+    C = integers.shape[-1]
     S, V = moments(integers)
-    R = isqrt(V.long() << 2 * ROOT).clamp(min=1)  # without variance C I - S is zero, and any factor will do
-    quotient = divide((G * 2.0 ** (POINT + ROOT - GAIN)).to(integers), R.to(integers))
-    difference = (integers.shape[-1] * integers).sub_(S)
-    return shift_right(difference.mul_(leading_bits(quotient, MANTISSA)).add_(B.to(integers)), POINT)
+    R = isqrt(V.long() << 2 * ROOT).clamp_(min=1)  # without variance C I - S is zero, and any factor will do
+    factor = leading_bits(divide(G, R.double()), MANTISSA)
+    return (integers * (C * 2.0**-POINT)).sub_(S * 2.0**-POINT).mul_(factor).add_(B).floor_()
 
 
 def released_norm(integers: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

@@ -26,11 +26,14 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def host_reads(device: torch.device) -> bool:
+    """The host may look at values of this device: it does not have to wait for them, nor does it compile."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def number(values: Tensor) -> Bound:
-    """A single value on a CPU as a number, because a clamp between numbers takes half the time; else the tensor."""
-    if values.numel() == 1 and values.device.type == "cpu" and not torch.compiler.is_compiling():
-        return float(values)
-    return values
+    """A single value as a number where the host may read it: a clamp between numbers takes half the time."""
+    return float(values) if values.numel() == 1 and host_reads(values.device) else values
 
 
 def scaled(x: Tensor, step: Tensor, offset: Tensor | None, out: Tensor | None = None) -> Tensor:

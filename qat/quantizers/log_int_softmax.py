@@ -173,7 +173,7 @@ class LogIntSoftmaxQuantizer(Quantizer):
         Raises:
             QatError: the step is missing, on a CPU; elsewhere the result is NaN, for the host does not wait.
         """
-        if self.step.device.type == "cpu" and not torch.isfinite(self.step).all():
+        if kernels.host_reads(self.step.device) and not torch.isfinite(self.step).all():
             raise QatError("LogIntSoftmax has no step yet: calibrate first, or load a checkpoint")
         step = self.step.detach().double()
         below = (step / FINEST).nextafter(torch.zeros_like(step))  # of a power of two: its own exponent is one higher

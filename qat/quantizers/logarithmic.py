@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.quantizers import kernels
+from qat.quantizers.blocks import blocks
 from qat.quantizers.integers import FIELDS
 from qat.quantizers.layout import Layout
 from qat.quantizers.spec import MIN_STEP, Quantizer, Spec, Table
@@ -113,10 +114,14 @@ class LogSqrt2Quantizer(Quantizer):
         return {"step": high.clamp(min=MIN_STEP)}
 
 
+def root_dtype(x: Tensor, spec: LogSqrt2) -> torch.dtype:
+    """float64 where ``x`` or the codes need it: 2**-127 is no normal float32, so its exponent could not be read."""
+    return torch.float64 if spec.width == MAX_LOG_BITS else kernels.wide(x)
+
+
 def roots(x: Tensor, step: Tensor, spec: LogSqrt2) -> Tensor:
-    """value / step: a dense new tensor, float32, or float64 where it or the codes need it."""
-    if spec.width == MAX_LOG_BITS:
-        x = x.double()  # 2**-127 is no normal float32: its exponent is not to be read
+    """value / step: a dense new tensor of `root_dtype`."""
+    x = x.to(root_dtype(x, spec))
     even = kernels.scaled(x, step * 2**-0.25, None).clamp_(0, 1)  # y; 1 is code 0
     odd = even * sqrt(0.5)
     integer, mantissa, _ = FIELDS[even.dtype]
@@ -138,14 +143,21 @@ class FakeLogSqrt2(torch.autograd.Function):
         """Values, in the dtype of ``x``."""
         ctx.save_for_backward(x, step)
         ctx.spec = spec
-        root = roots(x, step, spec).to(torch.promote_types(x.dtype, torch.float32))  # before the product, as in decode
-        return root.mul_(step).to(x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for part, target in blocks((x, out), (step,)):
+            root = roots(part, step, spec).to(kernels.wide(x))  # before the product, as in decode
+            torch.mul(root, step, out=target)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and ``step`` (equations at the top of the file)."""
         x, step = ctx.saved_tensors
-        root = roots(x, step, ctx.spec)
-        inside = (root > 0) & (x <= step * 2**0.25)
-        return grads[0] * inside, (root * grads[0]).sum_to_size(step.shape), None
+        d_x = torch.empty(x.shape, dtype=grads[0].dtype, device=x.device)
+        d_step = torch.empty(x.shape, dtype=root_dtype(x, ctx.spec), device=x.device)
+        for part, grad, d, slope in blocks((x, grads[0], d_x, d_step), (step,)):
+            root = roots(part, step, ctx.spec)
+            torch.mul(grad, (root > 0) & (part <= step * 2**0.25), out=d)
+            torch.mul(root, grad, out=slope)
+        return d_x, d_step.sum_to_size(step.shape), None

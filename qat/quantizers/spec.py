@@ -138,7 +138,8 @@ class Quantizer(nn.Module, ABC):
 
     Attributes:
         ranged: the parameters follow from a range: `set_range_`, `from_range`.
-        refines: the range leaves something open, which `refine_` chooses; its range is that of all values.
+        refines: a range leaves something open, which `refine_` chooses from samples; `from_range` is missing. The range
+            is that of all values.
         deterministic: the same input gives the same output. The backward pass may then recompute the output; where it
             is False, the output is kept.
         replaces_softmax: it is given scores and a mask, and its values are probabilities.
@@ -182,8 +183,8 @@ class Quantizer(nn.Module, ABC):
         """Choose the parameters from samples (G, n) of the tensor, float32."""
 
     def from_range(self, low: Tensor, high: Tensor) -> Table:
-        """Parameters whose codes cover low..high, both (G,) or (K, G), by name; only where `ranged`."""
-        raise NotImplementedError(f"{type(self.spec).__name__} has no range")
+        """Parameters whose codes cover low..high, both (G,) or (K, G), by name; where `ranged` and not `refines`."""
+        raise NotImplementedError(f"the parameters of {type(self.spec).__name__} do not follow from a range alone")
 
     def set_range_(self, low: Tensor, high: Tensor) -> None:
         """Choose the parameters so that the codes cover low..high (G,); only where `ranged`."""

@@ -1,18 +1,23 @@
 """The integer LayerNorm: numbers worked out by hand, and int64 against float64. T tokens, C channels."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat import build_float, build_recipe, calibrate, quantize
 from qat.errors import QatError
-from qat.quantizers import PTF, IntegerNorm, IntegerNormQuantizer, Uniform
-from qat.quantizers.integer_norm import integer_norm, moments, released_norm
-from qat.quantizers.integers import isqrt
-from qat.quantizers.spec import Layout
+from qat.quantizers import PTF, IntegerNorm, IntegerNormQuantizer, Uniform, blocks
+from qat.quantizers import integer_norm as integer_norm_module
+from qat.quantizers.integer_norm import LARGEST, fixed_point, integer_norm, moments, released_norm
+from qat.quantizers.integers import isqrt, leading_bits
+from qat.quantizers.layout import Layout
+from tests.conftest import TINY
 
 LAYOUT = Layout(0, 1, batched=True)
 both = pytest.mark.parametrize("arithmetic", ["integer", "released"])
@@ -39,6 +44,21 @@ def scaled(values: Tensor, step: float = STEP) -> Tensor:
     return values.double() / step
 
 
+def in_float64(integers: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """What the quantizer computes."""
+    return integer_norm(integers.double(), *fixed_point(gamma, beta))
+
+
+def in_int64(integers: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """The equations of the file with integers of 64 bits and shifts."""
+    G = (gamma.clamp(-LARGEST, LARGEST) * 2**20).round().long()
+    B = (beta.clamp(-LARGEST, LARGEST) * 2**31).round().long()
+    C, S = integers.shape[-1], integers.sum(-1, keepdim=True)
+    R = isqrt((C * (integers * integers).sum(-1, keepdim=True) - S * S) << 16).clamp(min=1)
+    factor = leading_bits(torch.div(G << 19, R, rounding_mode="trunc"), 8)
+    return (factor * (C * integers - S) + B + 2**30) >> 31
+
+
 def float_norm(integers: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """LayerNorm without eps, float64, of gamma / s_o and beta / s_o."""
     x = integers.double()
@@ -59,11 +79,11 @@ def example(C: int = 192, seed: int = 0, tokens: int = 300) -> tuple[Tensor, Ten
 
 
 def test_moments_of_the_worked_example():
-    S, V = moments(I)
+    S, V = moments(I.double())
     assert S.flatten().tolist() == [279, 199, 1176, -1008]
     assert (I * I).sum(1).tolist() == [294293, 589849, 1056430, 1158718]
     assert V.flatten().tolist() == [1393624, 2909644, 3899174, 4777526]
-    assert isqrt(V).flatten().tolist() == [1180, 1705, 1974, 2185]
+    assert isqrt(V.long()).flatten().tolist() == [1180, 1705, 1974, 2185]
 
 
 def test_the_released_arithmetic_of_the_worked_example():
@@ -74,12 +94,10 @@ def test_the_released_arithmetic_of_the_worked_example():
 
 def test_the_integers_of_the_worked_example():
     """Two of twenty differ from the released ones: M is another, because C is not in its factor, and 68 is nearer."""
-    y = integer_norm(I, scaled(GAMMA), scaled(BETA))
-    assert y.dtype == torch.int64
     expected = OFFICIAL.clone()
     expected[0, 2], expected[3, 0] = 68, 29  # of 67.852 and 29.546
-    assert torch.equal(y, expected)
-    assert torch.equal(integer_norm(I.double(), scaled(GAMMA), scaled(BETA)), expected.double())
+    assert torch.equal(in_int64(I, scaled(GAMMA), scaled(BETA)), expected)
+    assert torch.equal(in_float64(I, scaled(GAMMA), scaled(BETA)), expected.double())
 
 
 def test_one_channel_in_python():
@@ -100,7 +118,7 @@ def test_int64_and_float64_agree_bit_for_bit(C):
         integers, gamma, beta, step = example(C, seed)
         for factor in (1, 1e-3, 40.0):
             args = gamma.double() * factor / step, beta.double() * factor / step
-            assert torch.equal(integer_norm(integers.long(), *args).double(), integer_norm(integers.double(), *args))
+            assert torch.equal(in_int64(integers.long(), *args).double(), in_float64(integers, *args))
 
 
 @pytest.mark.parametrize("C", [2, 192, 2048])
@@ -114,16 +132,16 @@ def test_int64_and_float64_agree_at_the_ends(C, gain):
     gamma = torch.full((C,), gain, dtype=torch.float64)
     for beta in (0.0, 1e9, -1e9, 0.5):
         args = gamma, torch.full((C,), beta, dtype=torch.float64)
-        exact = integer_norm(rows, *args)
+        exact = in_int64(rows, *args)
         assert exact.abs().max() < 2**21
-        assert torch.equal(exact.double(), integer_norm(rows.double(), *args))
+        assert torch.equal(exact.double(), in_float64(rows, *args))
 
 
 @pytest.mark.parametrize("C", [192, 384, 768])
 def test_how_often_the_two_arithmetics_differ(C):
     integers, gamma, beta, step = example(C)
     args = gamma.double() / step, beta.double() / step
-    ours, theirs = integer_norm(integers.double(), *args), released_norm(integers.double(), *args)
+    ours, theirs = in_float64(integers, *args), released_norm(integers.double(), *args)
     y = float_norm(integers, *args)
     assert (ours - theirs).abs().max() == 1
     assert 0 < (ours != theirs).double().mean() < 0.02  # one of a hundred: M is cut from another number
@@ -133,7 +151,7 @@ def test_how_often_the_two_arithmetics_differ(C):
         assert error.abs().mean() < 0.27  # 0.25 is that of rounding
 
 
-@pytest.mark.parametrize("arithmetic", [integer_norm, released_norm])
+@pytest.mark.parametrize("arithmetic", [in_float64, released_norm])
 def test_a_token_without_variance_gets_beta(arithmetic):
     beta = torch.tensor([0.49, 0.51, -2.4, 7.0, 0.0]).double()
     for value in (0.0, 77.0):
@@ -141,7 +159,7 @@ def test_a_token_without_variance_gets_beta(arithmetic):
         assert y.tolist() == [[0, 1, -2, 7, 0]] * 2
 
 
-@pytest.mark.parametrize("arithmetic", [integer_norm, released_norm])
+@pytest.mark.parametrize("arithmetic", [in_float64, released_norm])
 def test_a_channel_without_gamma_gets_beta(arithmetic):
     gamma, beta = torch.tensor([0.0, 1, 1, 1, -0.0]).double(), torch.tensor([3.2, 0, 0, 0, -7.6]).double()
     assert arithmetic(I.double(), gamma, beta)[:, [0, 4]].tolist() == [[3, -8]] * 4
@@ -268,3 +286,73 @@ def test_an_input_that_is_not_quantized_is_named():
 def test_a_wrong_option_is_refused(options, message):
     with pytest.raises(QatError, match=message):
         IntegerNorm(8, **options)
+
+
+def test_integers_that_are_too_wide_give_nan_where_the_host_does_not_wait(monkeypatch):
+    """On an accelerator, which a CPU plays here."""
+    wide = torch.zeros(2, 2048)
+    wide[0, 0], wide[1, 0] = 2.0**18, 2040
+    monkeypatch.setattr(integer_norm_module, "host_reads", lambda device: False)
+    values = norm()(torch.zeros(2, 2048), wide)
+    assert values[0].isnan().all()
+    assert values[1].isfinite().all()
+
+
+@both
+def test_the_host_never_waits_for_an_accelerator(arithmetic):
+    """Tensors without values refuse whatever would have to read one."""
+    quantizer = norm(arithmetic=arithmetic).to("meta")
+    y, integers, gamma, beta = (torch.empty(*shape, device="meta") for shape in ((4, 5), (4, 5), (5,), (5,)))
+    y.requires_grad_()
+    quantizer(y, integers, gamma, beta).sum().backward()
+    assert quantizer.encode(y, integers, gamma, beta).shape == y.shape
+
+
+@both
+def test_blocks_of_rows_change_nothing(arithmetic, monkeypatch):
+    integers, gamma, beta, _ = example()
+    quantizer, y = norm(arithmetic=arithmetic), torch.zeros(300, 192)
+    whole = quantizer(y, integers, gamma, beta), quantizer.encode(y, integers, gamma, beta)
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 7 * 192)
+    assert torch.equal(quantizer(y, integers, gamma, beta), whole[0])
+    assert torch.equal(quantizer.encode(y, integers, gamma, beta), whole[1])
+
+
+@both
+def test_the_output_dies_with_its_last_reference(arithmetic):
+    """It is no part of a circle of references, which would keep it until the garbage collector runs."""
+    y = torch.zeros(4, 5, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        out = norm(arithmetic=arithmetic)(y, I, GAMMA, BETA)
+        alive = weakref.ref(out.untyped_storage()), weakref.ref(out)
+        out.sum().backward()
+        del out
+        assert [found() for found in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_lsq_without_an_offset_is_a_source():
+    """Residuals that LSQ quantizes are whole steps, of which the norm computes with integers."""
+    residual = {"class_path": "LSQ", "init_args": {"bits": 8}}
+    rules = [{"match": match, "spec": residual} for match in ("*_residual_quant", "embed_quant")]
+    recipe = build_recipe("fq_vit_888", rules, w_bits=8, a_bits=8)
+    model = quantize(build_float("deit_tiny_patch16_224", None, 10, TINY).eval(), recipe)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    calibrate(model, [images])
+    block = model.blocks[1]
+    (source,) = block.norm1.source
+    assert source is model.blocks[0].mlp_residual_quant
+    x = source(torch.randn(2, 17, 24) * 3).detach()
+    integers = (x / source.step).round().detach()
+    assert torch.equal(integers * source.step, x)
+    found = block.norm1(x)
+    y = F.layer_norm(x, (24,), block.norm1.weight, block.norm1.bias, block.norm1.eps)
+    assert torch.equal(found, block.norm1.output_quant(y, integers, block.norm1.weight, block.norm1.bias))
+    reached = y.clamp(
+        *((end - block.norm1.output_quant.zero_point) * block.norm1.output_quant.step for end in (0, 255))
+    )
+    assert ((found - reached).abs() <= 2.01 * block.norm1.output_quant.step).all()
+    assert model(images).isfinite().all()

@@ -3,15 +3,17 @@
 import copy
 import pickle
 from functools import cache
-from math import exp, floor
+from math import ceil, exp, floor, log2
 
 import pytest
 import torch
 from torch import Tensor
 
 from qat.errors import QatError
-from qat.quantizers import LogIntSoftmax, LogIntSoftmaxQuantizer
-from qat.quantizers.log_int_softmax import FINEST, Exp, exponents
+from qat.quantizers import LogIntSoftmax, LogIntSoftmaxQuantizer, blocks
+from qat.quantizers.integer_exp import Exp
+from qat.quantizers.integers import rounded_log2
+from qat.quantizers.log_int_softmax import FINEST, LONGEST, inverses
 from qat.quantizers.spec import Layout
 
 LAYOUT = Layout(0, 1, batched=True)
@@ -40,6 +42,33 @@ def calibrated(**options) -> LogIntSoftmaxQuantizer:
     return quantizer
 
 
+def exp_of(step: float, keys: int) -> Exp:
+    """The constants of a step."""
+    return Exp.of(torch.tensor([step], dtype=torch.float64), keys)
+
+
+def numbers(constants: Exp) -> tuple[int, ...]:
+    """b, c, x0 and n as Python's integers."""
+    return tuple(int(value) for value in constants)
+
+
+def exponentials(quantizer: LogIntSoftmaxQuantizer, keys: int) -> Tensor:
+    """E, float64, of every distance up to the one from which on all have the same."""
+    E, farthest = quantizer.exponentials(keys, LONGEST)
+    return E[: int(farthest) + 1]
+
+
+def in_int64(distances: Tensor, exps: Tensor) -> Tensor:
+    """k with integers of 64 bits, from the distances and E of every distance."""
+    E = exps.long()[distances.long()]
+    return rounded_log2((2 * E.sum(-1, keepdim=True) + E) // (2 * E))
+
+
+def in_float64(distances: Tensor, exps: Tensor) -> Tensor:
+    """k as the quantizer computes it."""
+    return rounded_log2(inverses(distances.clone(), exps))
+
+
 def in_floating_point(codes: Tensor, s: float) -> tuple[Tensor, Tensor]:
     """k as the authors' code computes it, in float64, and where sum / E is a tie, which it rounds to even."""
     x = codes.double() - codes.double().amax(-1, keepdim=True)
@@ -55,7 +84,7 @@ def in_floating_point(codes: Tensor, s: float) -> tuple[Tensor, Tensor]:
 
 def in_python(row: list[int], constants: Exp) -> list[int]:
     """k of integer logits with Python's own integers."""
-    b, c, x0, n = constants
+    b, c, x0, n = numbers(constants)
     E = []
     for logit in row:
         x = max(logit - max(row), n * x0)
@@ -66,8 +95,8 @@ def in_python(row: list[int], constants: Exp) -> list[int]:
 
 
 def test_the_polynomial_at_a_step_of_one_sixteenth():
-    table = Exp.of(1 / 16, keys=197)
-    assert table == (43, 714, -12, 30)
+    table = exp_of(1 / 16, keys=197)
+    assert numbers(table) == (43, 714, -12, 30)
     E = {
         0: 766651662336, -1: 721554505728, -5: 562640715776, -11: 388694540288, -12: 383325831168, -13: 360777252864,
         -24: 191662915584, -48: 47915728896, -100: 2340421632, -359: 724, -360: 714, -361: 714, -1000: 714,
@@ -82,12 +111,12 @@ def test_the_polynomial_at_a_step_of_one_sixteenth():
     [(0.05, (54, 1116, -14)), (0.02, (135, 6980, -35)), (0.1, (27, 279, -7)), (0.2, (13, 69, -4))],
 )
 def test_constants_of_other_steps(step, constants):
-    assert Exp.of(step, keys=197) == (*constants, 30)
+    assert numbers(exp_of(step, keys=197)) == (*constants, 30)
 
 
 @pytest.mark.parametrize(("step", "one", "total"), [(0.2, 37, 44), (0.1, 39, 46), (0.05, 41, 48), (0.01, 45, 53)])
 def test_widths_of_197_keys(step, one, total):
-    c = Exp.of(step, keys=197).c
+    c = int(exp_of(step, keys=197).c)
     assert (c << 30).bit_length() == one
     assert (197 * c << 30).bit_length() == total
 
@@ -95,17 +124,18 @@ def test_widths_of_197_keys(step, one, total):
 @pytest.mark.parametrize("step", [FINEST / 2, FINEST, 0.01, 0.2, 1.0, 1.7, 50.0])
 @pytest.mark.parametrize("keys", [1, 49, 197, 4096])
 def test_sums_stay_below_what_float64_holds(step, keys):
-    table = Exp.of(step, keys)
-    E = table(torch.arange(table.n * table.x0 - 1, 1))
-    assert E.max() == table.c << table.n
+    table = exp_of(step, keys)
+    _, c, x0, n = numbers(table)
+    E = table(torch.arange(n * x0 - 1, 1))
+    assert E.max() == c << n
     assert E.min() >= 1
     assert keys * int(E.max()) + int(E.max()) // 2 < 2**53
-    assert table.n >= 16  # a key that far away has a probability below every code of 4 bits
+    assert n >= 16  # a key that far away has a probability below every code of 4 bits
 
 
 def test_a_row_of_the_worked_example():
     row = torch.tensor([40, 36, 28, 16, 0, -40, -120])
-    table = Exp.of(1 / 16, keys=7)
+    table = exp_of(1 / 16, keys=7)
     E = table(row - 40)
     assert E.sum() == 2023036289024
     assert ((2 * E.sum() + E) // (2 * E)).tolist() == [3, 3, 5, 11, 27, 278, 27660]
@@ -140,18 +170,17 @@ def random_codes(rows: int = 512) -> Tensor:
 def test_int64_and_float64_agree_bit_for_bit(step, extra_bits):
     """600,000 codes each way: sums stay below 2**53, so float64 rounds nothing (see `qat.quantizers.integers`)."""
     codes = random_codes()
-    E = softmax(step, extra_bits=extra_bits).exponentials(keys=197)
+    E = exponentials(softmax(step, extra_bits=extra_bits), keys=197)
     d = (codes.amax(-1, keepdim=True) - codes).clamp(max=len(E) - 1).int()
-    assert E.dtype == torch.int64
-    assert torch.equal(exponents(d, E), exponents(d, E.double()))
+    assert torch.equal(in_float64(d, E), in_int64(d, E))
 
 
 @pytest.mark.parametrize("step", SCALES)
 def test_every_distance_among_few_keys_agrees_too(step):
-    E = softmax(step, extra_bits=0).exponentials(keys=197)
+    E = exponentials(softmax(step, extra_bits=0), keys=197)
     d = torch.stack(torch.meshgrid(torch.arange(len(E)), torch.arange(256), indexing="ij"), -1).reshape(-1, 2)
     d = torch.cat([torch.zeros(len(d), 1), d.clamp(max=len(E) - 1)], 1).int()  # (., 3): the largest, and any two
-    assert torch.equal(exponents(d, E), exponents(d, E.double()))
+    assert torch.equal(in_float64(d, E), in_int64(d, E))
 
 
 @pytest.mark.parametrize("step", SCALES)
@@ -168,7 +197,7 @@ def test_the_released_arithmetic_in_float64_agrees_but_for_ties(step):
 def test_python_integers_agree(step, extra_bits):
     quantizer = softmax(step, 0, extra_bits=extra_bits)
     shift = next(m for m in range(extra_bits + 1) if m == extra_bits or quantizer.step.item() / 2**m <= FINEST)
-    constants = Exp.of(quantizer.step.item() / 2**shift, keys=197)
+    constants = exp_of(quantizer.step.item() / 2**shift, keys=197)
     codes = random_codes(8)
     expected = [[min(k, 15) for k in in_python([c << shift for c in row], constants)] for row in codes.tolist()]
     assert quantizer.encode(codes * quantizer.step.detach()).tolist() == expected
@@ -176,7 +205,7 @@ def test_python_integers_agree(step, extra_bits):
 
 def errors_of_exp(step: float, **options) -> Tensor:
     """Relative errors of exp from 0 down to -10, against the value at 0."""
-    E = softmax(step, **options).exponentials(keys=197)[: floor(10 / step + 1e-6) + 1].double()
+    E = exponentials(softmax(step, **options), keys=197)[: floor(10 / step + 1e-6) + 1]
     return E / E[0] / (torch.arange(len(E)) * -step).double().exp() - 1
 
 
@@ -367,7 +396,7 @@ def test_a_wrong_option_is_refused(options, message):
 
 def test_exp_of_the_worked_example_against_the_real_one():
     assert [exp(-5 / 16), exp(-24 / 16)] == pytest.approx([0.731615629, 0.22313016])
-    E = softmax(1 / 16).exponentials(keys=197)
+    E = exponentials(softmax(1 / 16), keys=197)
     assert (E[[5, 24]] / E[0]).tolist() == pytest.approx([0.731615629, 0.22313016], rel=5e-3)
 
 
@@ -384,3 +413,64 @@ def test_attention_times_values_is_shifts_of_integers():
     shifted = shifts @ V
     assert shifted.abs().max() < 2**24  # 25 bits with the sign
     assert torch.equal(shifted.double() / 2**15, quantizer.decode(codes.to(torch.uint8)).double() @ V.double())
+
+
+def test_the_host_never_waits_for_an_accelerator():
+    """Tensors without values refuse whatever would have to read one."""
+    for options in OPTIONS:
+        quantizer = softmax(**options).to("meta")
+        x, mask = torch.empty(3, 2, 5, 17, device="meta", requires_grad=True), torch.empty(5, 17, device="meta")
+        for args in ((x,), (x, mask)):
+            quantizer(*args).sum().backward()
+            assert quantizer.encode(*args).shape == x.shape
+
+
+@every_option
+def test_blocks_of_rows_change_nothing(options, monkeypatch):
+    quantizer, x, mask = calibrated(**options), logits(3, 2, 40, 17), torch.randn(3, 1, 40, 17)
+    whole = quantizer(x), quantizer(x, mask), quantizer.encode(x)
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 100)
+    cut = quantizer(x), quantizer(x, mask), quantizer.encode(x)
+    assert all(torch.equal(*both) for both in zip(whole, cut, strict=True))
+
+
+def test_a_row_with_a_nan_is_nan():
+    x = logits().clone()
+    x[0, 1, 2, 3] = torch.nan
+    for zero in ("last", "extra", "none"):
+        values = calibrated(zero=zero)(x)
+        assert values[0, 1, 2].isnan().all()
+        assert values.isnan().sum() == 17
+
+
+@pytest.mark.parametrize("keys", [1, 2, 17, 197, 1000])
+def test_random_rows_of_exponentials_agree_with_int64(keys):
+    """Also with sums that fill 53 bits and with quotients next to n + 1/2, where a power of two ends."""
+    generator = torch.Generator().manual_seed(keys)
+    top = 2**53 // (keys + 1)
+    E = (2 ** (torch.rand(2000, generator=generator, dtype=torch.float64) * 53)).long().clamp(1, top)
+    distances = torch.randint(2000, (500, keys), generator=generator)
+    assert torch.equal(in_float64(distances.int(), E.double()), in_int64(distances, E))
+    for half in (3, 5, 11, 23, 47, 3 * 2**20 - 1):  # 2 sum = half * E, and one off: E and the rest of the row
+        one = 2 * torch.randint(1, max(2, top // half), (400,), generator=generator)
+        rest = half * one // 2 - one
+        table = torch.stack([one, rest - 1, rest, rest + 1], 1).clamp(min=1)
+        for k, row in enumerate(table):
+            E = row.repeat(1)
+            pairs = torch.tensor([[0, 1], [0, 2], [0, 3]])
+            assert torch.equal(in_float64(pairs.int(), E.double()), in_int64(pairs, E)), (half, k)
+
+
+def test_a_step_next_to_a_power_of_two_is_shifted_as_often_as_by_python():
+    for extra_bits in (0, 3, 8):
+        for step in (FINEST, 2 * FINEST, 4 * FINEST, 0.25):
+            for near in (step, step * (1 - 2**-23), step * (1 + 2**-22)):
+                quantizer = softmax(near, extra_bits=extra_bits)
+                exact = quantizer.step.item()
+                shift = min(extra_bits, max(0, ceil(log2(exact / FINEST))))
+                b, c, x0, n = numbers(exp_of(exact / 2**shift, keys=197))
+                farthest = ceil(n * -x0 / 2**shift)
+                E, found = quantizer.exponentials(197, LONGEST)
+                assert int(found) == farthest < LONGEST
+                assert E[1] == (lambda r: (r * (r + b) + c) << n)(-(1 << shift)) if 1 << shift < -x0 else True
+                assert E[farthest:].unique().numel() == 1

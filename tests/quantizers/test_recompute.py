@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from qat.quantizers import LSQ, LSQQuantizer, recompute_operands
-from qat.quantizers.spec import Layout
+from qat.quantizers import LSQ, LSQQuantizer, Quantizer, Spec, blocks, recompute_operands
+from qat.quantizers.layout import Layout
 from qat.sites.insert import FloatSite
 
 
@@ -97,3 +99,56 @@ def test_strided_operands_come_back_in_their_shape() -> None:
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     plain(scores, (site(True), q), (site(True), k)).square().sum().backward()
     assert torch.equal(ours, qkv.grad)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Random(Spec):
+    """Whole numbers, rounded up with the probability of the fraction: the same input has many outputs."""
+
+    def build(self, layout: Layout) -> RandomQuantizer:
+        return RandomQuantizer(self, layout)
+
+
+class RandomQuantizer(Quantizer):
+    deterministic = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + ((x.detach() + torch.rand_like(x)).floor() - x.detach())
+
+    def encode(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def init_from(self, samples: Tensor) -> None:
+        raise NotImplementedError
+
+
+class SaidToBeDeterministic(RandomQuantizer):
+    deterministic = True
+
+
+def weight_gradient(way: object, kind: type[RandomQuantizer]) -> Tensor:
+    x, weight = leaf(64, 8), leaf(6, 8)
+    torch.manual_seed(0)
+    way(F.linear, (kind(Random(4), Layout(0, 1, batched=True)), x), (FloatSite(), weight)).sum().backward()  # type: ignore[operator]
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_the_output_of_a_random_quantizer_is_kept() -> None:
+    """Computed again it would be another, and the gradient that of a product that never was."""
+    expected = weight_gradient(plain, RandomQuantizer)
+    assert torch.equal(weight_gradient(recompute_operands, RandomQuantizer), expected)
+    assert not torch.equal(weight_gradient(recompute_operands, SaidToBeDeterministic), expected)
+
+
+def test_outputs_that_are_computed_in_blocks_come_back_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for size in (2**17, 16):
+        monkeypatch.setattr(blocks, "CPU_BLOCK", size)
+        x, weight, first, second = leaf(3, 5, 8), leaf(6, 8), site(True), site(False)
+        recompute_operands(F.linear, (first, x), (second, weight)).square().sum().backward()
+        found.append([x.grad, weight.grad, first.step.grad, second.step.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
