@@ -2,13 +2,13 @@
 
 from qat.quantizers.bitlog2 import BitLog2, BitLog2Quantizer
 from qat.quantizers.integer_norm import IntegerNorm, IntegerNormQuantizer
-from qat.quantizers.layout import Layout
+from qat.quantizers.layout import Affine, Layout
 from qat.quantizers.log_int_softmax import LogIntSoftmax, LogIntSoftmaxQuantizer
 from qat.quantizers.logarithmic import LogSqrt2, LogSqrt2Quantizer
 from qat.quantizers.lsq import LSQ, LSQQuantizer
 from qat.quantizers.ptf import PTF, PTFQuantizer
 from qat.quantizers.recompute import recompute_operands
-from qat.quantizers.spec import Affine, Quantizer, Spec
+from qat.quantizers.spec import Quantizer, Spec
 from qat.quantizers.uniform import Uniform, UniformQuantizer
 
 __all__ = [

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 2**17  # values for each thread
+CPU_BLOCK = 2**19  # values for each thread
 OTHER_BLOCK = 2**24  # accelerators: enough work for one kernel, and 128 MB of float64
 
 
@@ -20,9 +20,13 @@ def block_size(device: torch.device) -> int:
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Dense tensors of one shape (..., N), cut alike into blocks (rows, N) of whole rows."""
+    """Dense tensors of one shape (..., N), cut alike into blocks (rows, N) of whole rows.
+
+    They are a quarter of `block_size`: rows are for arithmetic in float64, which has many operands at a time.
+    """
     rows = [x.flatten(0, -2) if x.ndim > 1 else x[None] for x in tensors]
-    size = len(rows[0]) if torch.compiler.is_compiling() else block_size(rows[0].device) // max(1, rows[0].shape[-1])
+    count, width = rows[0].shape
+    size = count if torch.compiler.is_compiling() else block_size(rows[0].device) // 4 // max(1, width)
     return zip(*(x.split(max(1, size)) for x in rows), strict=True)
 
 
@@ -35,7 +39,7 @@ def blocks(tensors: Sequence[Tensor], constants: Sequence[object]) -> Iterator[t
             value along the first axis of ``tensors`` prevent the cut.
     """
     shape, size = tensors[0].shape, block_size(tensors[0].device)
-    if torch.compiler.is_compiling() or tensors[0].numel() <= size:
+    if torch.compiler.is_compiling() or tensors[0].numel() < 2 * size:
         return iter([tuple(tensors)])
     shapes = [tuple(constant.shape) for constant in constants if isinstance(constant, Tensor)]
     if set(shapes) <= {(), (1,)} and all(x.is_contiguous() for x in tensors):

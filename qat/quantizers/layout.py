@@ -1,9 +1,12 @@
-"""How a tensor is cut into groups that share a step. Shapes: G groups, n values in a group."""
+"""How a tensor is cut into groups that share a step, and codes that are affine in a group.
+
+Shapes: G groups, n values in a group.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -37,3 +40,18 @@ class Layout:
         if self.groups == 1:
             return x.reshape(1, -1)
         return x.movedim(self.axis, 0).reshape(self.groups, -1)
+
+
+class Affine(NamedTuple):
+    """What codes stand for where they are an affine function of a value.
+
+    A value x has the code ``clip(round(x / scale) + zero_point, qmin, qmax)``, which stands for
+    ``(code - zero_point) * scale``. Scale and zero point have one value per group (G,): G equal, contiguous pieces
+    along ``axis``. Where ``axis`` is None, one scale and one zero point (1,) hold for the whole tensor.
+    """
+
+    scale: Tensor
+    zero_point: Tensor  # whole numbers, held in floating point
+    axis: int | None
+    qmin: int
+    qmax: int

@@ -38,7 +38,7 @@ SoftmaxZero = Literal["last", "extra", "none"]
 MAX_CODE_BITS = 8  # no v below 2**53 needs more than 6
 FINEST = 2.0**-10  # of the steps of exp: finer ones change no power of two, and take bits from n
 LONGEST = MAX_SHIFT * ceil(0.6931 / FINEST) + 1  # distances that have an E of their own, at the finest step
-EXACT_FLOAT32 = 23  # exponents of integers that float32 holds, and of which the bit below the leading one counts
+EXACT_FLOAT32 = 23  # below 2**23 and a little above, float32 holds every integer
 
 
 @dataclass(frozen=True)
@@ -139,18 +139,18 @@ class LogIntSoftmaxQuantizer(Quantizer):
         """``decode(encode(logits, mask))``, float32, without the codes in between; NaN in a row that has a NaN."""
         out, last = torch.empty(logits.shape, device=logits.device), self.spec.qmax
         for v, valid, target in self._inverses(logits, mask, out):
-            power = rounded_power_(v.float() if last < EXACT_FLOAT32 else v)
-            values = torch.div(valid, power)
-            least = 2.0**-last if self.spec.zero == "none" else 2.0 ** (0.5 - last)
-            target.copy_(
-                values.clamp_(min=least) if self.spec.zero == "none" else F.threshold(values, least, 0, inplace=True)
-            )
+            torch.div(valid, rounded_power_(v.float() if last < EXACT_FLOAT32 else v), out=target)
+            if self.spec.zero == "none":
+                target.clamp_(min=2.0**-last)
+            else:  # zero from halfway to the power that the last code would stand for
+                F.threshold(target, 2.0 ** (0.5 - last), 0, inplace=True)
         return out
 
     def _inverses(self, logits: Tensor, mask: Tensor | None, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Blocks of rows: v, float64; 1, or NaN where there is a NaN in the row or the step; the same rows of ``out``.
+        """Three tensors for each block of rows: v (float64), a mark for each row, and the same rows of ``out``.
 
-        The table has a length that the host knows, so that it need not wait for an accelerator.
+        The mark is 1, or NaN where the row or the step has a NaN. The table of exponentials has a length that the host
+        knows, so that it need not wait for an accelerator.
         """
         codes = 2**self.spec.logit_bits
         exps, farthest = self.exponentials(logits.shape[-1], codes if mask is None else LONGEST)
@@ -168,10 +168,10 @@ class LogIntSoftmaxQuantizer(Quantizer):
         return x
 
     def exponentials(self, keys: int, length: int) -> tuple[Tensor, Tensor]:
-        """E (length,) of every distance among so many keys, and the distance from which on all have the last; float64.
+        """E (length,), float64, of every distance among so many keys, and the distance (1,) from which on E stays.
 
         Raises:
-            QatError: the step is missing, on a CPU; elsewhere the result is NaN, for the host does not wait.
+            QatError: there is no step yet. Only on a CPU: elsewhere the host does not wait, and the output is NaN.
         """
         if kernels.host_reads(self.step.device) and not torch.isfinite(self.step).all():
             raise QatError("LogIntSoftmax has no step yet: calibrate first, or load a checkpoint")

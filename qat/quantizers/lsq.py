@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from qat.errors import QatError
 from qat.quantizers import fitting, kernels
 from qat.quantizers.kernels import Bound, Kernels
-from qat.quantizers.layout import Layout
-from qat.quantizers.spec import MIN_STEP, Affine, Quantizer, Spec, Table
+from qat.quantizers.layout import Affine, Layout
+from qat.quantizers.spec import MIN_STEP, Quantizer, Spec, Table
 
 GradScale = Literal["l1", "numel", "vvtq_act", "none"]
 Init = Literal["mse", "lsq", "lsq_plus", "percentile"]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from qat.errors import QatError
 from qat.quantizers import kernels
-from qat.quantizers.layout import Granularity, Layout
+from qat.quantizers.layout import Affine, Granularity, Layout
 from qat.quantizers.lsq import FakeQuantize
-from qat.quantizers.spec import MIN_RANGE, MIN_STEP, Affine, Quantizer, Spec
+from qat.quantizers.spec import MIN_RANGE, MIN_STEP, Quantizer, Spec
 
 PTFZeroPoint = Literal["code", "clipped"]
 MAX_FACTORS = 7

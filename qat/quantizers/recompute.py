@@ -35,7 +35,7 @@ def recompute_operands(op: Callable[..., Tensor], *operands: SiteInput) -> Tenso
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*quantized)
     device = quantized[0].device.type
-    if torch.is_autocast_enabled(device):  # as the product would; here the result can be told by its address
+    if torch.is_autocast_enabled(device):  # the product would cast too, but here the result is known by its address
         low = torch.get_autocast_dtype(device)
         quantized = [x.to(low) if x.dtype == torch.float32 else x for x in quantized]
     sources = {

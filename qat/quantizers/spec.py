@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import sqrt
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.quantizers import kernels
 from qat.quantizers.kernels import Kernels
-from qat.quantizers.layout import Granularity, Layout
+from qat.quantizers.layout import Affine, Granularity, Layout
 
 Width = Literal["w_bits", "a_bits"]
 Table = Mapping[str, Tensor]  # name of a parameter or buffer -> its candidates (K, G), or one row of them (G,)
@@ -105,7 +105,8 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `qat.recipe.spec_from_dict` reads back: what a checkpoint stores."""
-        path = type(self).__name__ if type(self).__module__.startswith("qat.") else _dotted(type(self))
+        kind = type(self)
+        path = kind.__name__ if kind.__module__.startswith("qat.") else f"{kind.__module__}.{kind.__qualname__}"
         return {"class_path": path, "init_args": {f.name: getattr(self, f.name) for f in fields(self)}}
 
     def describe_range(self) -> str:
@@ -113,35 +114,17 @@ class Spec:
         return f"{self.qmin}..{self.qmax}"
 
 
-class Affine(NamedTuple):
-    """What codes stand for where they are an affine function of a value.
-
-    A value x has the code ``clip(round(x / scale) + zero_point, qmin, qmax)``, which stands for
-    ``(code - zero_point) * scale``. Scale and zero point have one value per group (G,): G equal, contiguous pieces
-    along ``axis``. Where ``axis`` is None, one scale and one zero point (1,) hold for the whole tensor.
-    """
-
-    scale: Tensor
-    zero_point: Tensor  # whole numbers, held in floating point
-    axis: int | None
-    qmin: int
-    qmax: int
-
-
 class Quantizer(nn.Module, ABC):
     """Maps a tensor to integer codes and back to values; ``forward`` is ``decode(encode(x))``, bit for bit.
 
     Parameters are allocated as NaN, so a forgotten calibration shows at once, and are filled by `init_from`, or by
-    `set_range_` and `refine_` where a method of calibration searches for a range.
-
-    A subclass states what it can do, so that nothing else has to ask for its class.
+    `set_range_` and `refine_` where a method of calibration searches for a range. A subclass states what it can do, so
+    that nothing else has to ask for its class.
 
     Attributes:
         ranged: the parameters follow from a range: `set_range_`, `from_range`.
-        refines: a range leaves something open, which `refine_` chooses from samples; `from_range` is missing. The range
-            is that of all values.
-        deterministic: the same input gives the same output. The backward pass may then recompute the output; where it
-            is False, the output is kept.
+        refines: a range, that of all values, leaves open what `refine_` chooses from samples; `from_range` is missing.
+        deterministic: the same input gives the same output, so that backward may compute it again and nobody keeps it.
         replaces_softmax: it is given scores and a mask, and its values are probabilities.
         reads_integers: it needs the integers of what the LayerNorm before it reads.
         compilable: it has compiled arithmetic, which `compile_` chooses.
@@ -164,10 +147,8 @@ class Quantizer(nn.Module, ABC):
 
     def __init__(self, spec: Spec, layout: Layout) -> None:
         super().__init__()
-        self.spec = spec
-        self.layout = layout
-        self.enabled = True
-        self.compiled = False
+        self.spec, self.layout = spec, layout
+        self.enabled, self.compiled = True, False
         self.step = nn.Parameter(torch.full((layout.groups,), torch.nan))
 
     @abstractmethod
@@ -221,7 +202,7 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Move the parameters back to legal values after an optimizer step: keep the step positive."""
+        """Move the parameters back to legal values after an optimizer step."""
         self.step.clamp_(min=self.smallest_step)
 
     def compile_(self) -> bool:
@@ -230,7 +211,7 @@ class Quantizer(nn.Module, ABC):
         return self.compilable
 
     def arithmetic(self, x: Tensor) -> Kernels:
-        """The arithmetic of the grid for ``x``; QatError where it is to be compiled and cannot be."""
+        """The arithmetic of the grid on the device of ``x``; QatError where it cannot be compiled and should be."""
         return kernels.compiled(x.device.type) if self.compiled else kernels.EAGER
 
     @property
@@ -248,16 +229,14 @@ class Quantizer(nn.Module, ABC):
     @property
     def code_dtype(self) -> torch.dtype:
         """The integer type of codes: int8 or uint8 up to 8 bits, int32 beyond."""
-        if self.spec.levels <= 2**8:
-            return torch.int8 if self.spec.signed else torch.uint8
-        return torch.int32
+        small = torch.int8 if self.spec.signed else torch.uint8
+        return small if self.spec.levels <= 2**8 else torch.int32
 
     @property
     def calibrated(self) -> bool:
         """Every parameter and buffer is finite; one without values, on the meta device, is not."""
-        return not self.step.is_meta and all(
-            bool(torch.isfinite(values).all()) for values in (*self.parameters(), *self.buffers())
-        )
+        found = (*self.parameters(), *self.buffers())
+        return not self.step.is_meta and all(bool(torch.isfinite(values).all()) for values in found)
 
     def view(self, values: Tensor, x: Tensor) -> Tensor:
         """One value per group (G,) shaped so that it broadcasts over ``x``."""
@@ -270,7 +249,3 @@ class Quantizer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Spec and groups, for ``print(model)``."""
         return f"{self.spec}, groups={self.layout.groups}"
-
-
-def _dotted(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -39,10 +39,13 @@ def test_what_a_constant_ties_together_is_not_cut(small: None) -> None:
 
 def test_small_and_empty_tensors_are_not_cut(small: None) -> None:
     assert shapes(torch.zeros(2, 3, 4)) == [(2, 3, 4)]
+    assert shapes(torch.zeros(47)) == [(47,)]  # less than two blocks
+    assert shapes(torch.zeros(48)) == [(24,), (24,)]
     assert shapes(torch.zeros(0, 3)) == [(0, 3)]
 
 
-def test_rows_stay_whole(small: None) -> None:
+def test_rows_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "block_size", lambda device: 4 * SIZE)
     x, y = torch.arange(50.0).view(1, 5, 10), torch.zeros(1, 5, 10, dtype=torch.uint8)
     parts = list(row_blocks(x, y))
     assert [tuple(part.shape) for part, _ in parts] == [(2, 10), (2, 10), (1, 10)]
