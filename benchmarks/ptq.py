@@ -33,6 +33,7 @@ from qat.data.imagenet import ImageNetDataModule
 from qat.data.options import DataOptions
 from qat.models import default_preprocessing
 from qat.ptq import InitSteps, Observe, OutputSearch, PTQMethod, RepQViT
+from qat.runs.process import keep_freed_memory
 from qat.sites.describe import summary
 
 BATCH = 50
@@ -130,6 +131,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     """Run the cases that have no result yet, and print all results."""
+    keep_freed_memory()  # as the command does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
     parser.add_argument("--checkpoint", required=True, help="float weights, a local file")

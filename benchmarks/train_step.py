@@ -36,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from qat.data.images import Batch
 from qat.ptq import InitSteps
 from qat.quantizers.projection import Projection
+from qat.runs.process import keep_freed_memory
 from qat.sites.insert import quantizers
 from qat.training.losses import cross_entropy
 from qat.training.module import QATModule
@@ -163,6 +164,7 @@ def measure(make: Callable[[Variant], Step], variants: Sequence[Variant], repeat
 
 def main() -> None:
     """Measure on every device that there is."""
+    keep_freed_memory()  # as the command does
     options = read_options()
     if options.threads:
         torch.set_num_threads(options.threads)

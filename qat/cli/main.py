@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import qat
 from qat.cli.log import quiet_libraries, set_up_logging
 from qat.errors import QatError, bad_input
-from qat.runs.process import first_process
+from qat.runs.process import first_process, keep_freed_memory
 
 
 class Verb(NamedTuple):
@@ -84,6 +84,7 @@ def _load(module: str) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it succeeded, 2 with one line on stderr when the input was bad."""
     set_up_logging()
+    keep_freed_memory()
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except (QatError, ArgumentError, ValueError) as error:

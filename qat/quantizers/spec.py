@@ -229,14 +229,12 @@ class Quantizer(nn.Module, ABC):
     @property
     def code_dtype(self) -> torch.dtype:
         """The integer type of codes: int8 or uint8 up to 8 bits, int32 beyond."""
-        small = torch.int8 if self.spec.signed else torch.uint8
-        return small if self.spec.levels <= 2**8 else torch.int32
+        return (torch.int8 if self.spec.signed else torch.uint8) if self.spec.levels <= 2**8 else torch.int32
 
     @property
     def calibrated(self) -> bool:
         """Every parameter and buffer is finite; one without values, on the meta device, is not."""
-        found = (*self.parameters(), *self.buffers())
-        return not self.step.is_meta and all(bool(torch.isfinite(values).all()) for values in found)
+        return not self.step.is_meta and all(bool(x.isfinite().all()) for x in (*self.parameters(), *self.buffers()))
 
     def view(self, values: Tensor, x: Tensor) -> Tensor:
         """One value per group (G,) shaped so that it broadcasts over ``x``."""
