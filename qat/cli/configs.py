@@ -27,6 +27,8 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
         flag, _, value = word.partition("=")
         if flag == "--base":
             raise QatError("base stands inside a config; on the command line, give --config once for each file")
+        if flag.startswith("--co") and "--config".startswith(flag) and flag != "--config":
+            raise QatError(f"{flag} is short for --config: write it out")  # the parser would read it without its base
         if flag not in FLAGS:
             found.append(word)
             continue

@@ -75,7 +75,7 @@ class QatCLI(LightningCLI):
             ImageNetDataModule,
             trainer_class=Trainer,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": "qat", "exit_on_error": False, self.verb: {"allow_abbrev": False}},
+            parser_kwargs={"prog": "qat", "exit_on_error": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # our checkpoints describe themselves
             args=[self.verb, *with_bases(arguments)],

@@ -56,6 +56,8 @@ def test_a_base_that_is_missing_or_circular_is_named(tmp_path: Path, capsys: pyt
         assert "base is" in fails(capsys, "fit", "--config", write(tmp_path / "wrong.yaml", base=wrong))
     with pytest.raises(QatError, match="base stands inside a config"):
         with_bases(["--base", str(one)])
+    with pytest.raises(QatError, match="--conf is short for --config"):
+        with_bases(["--conf", str(one)])
 
 
 def test_class_paths_of_older_runs_are_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -234,6 +235,7 @@ def test_a_process_whose_starter_was_killed_ends(config: Path, odd: Path, tmp_pa
     first.wait()
     (other,) = (int(path.name) for path in (tmp_path / "pids").iterdir() if int(path.name) != first.pid)
     wait_until(lambda: not Path(f"/proc/{other}").exists())
+    assert first.returncode == -signal.SIGKILL
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
