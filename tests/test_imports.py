@@ -15,6 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = [  # docs/architecture.md has the same table; there is no exception
     {"errors"},
+    {"ranges"},
     {"preprocessing", "progress"},
     {"quantizers", "data", "runs"},
     {"recipe"},
