@@ -3,8 +3,8 @@
     lr: Annotated[float, Range(above=0)] = 5e-4
     workers: Annotated[int, Range(0)] | None = None
 
-A dataclass calls `check_fields` in its ``__post_init__``; any other class decorates its ``__init__`` with `checked`. The
-help of the command line describes an option from the same annotation (`describe_hint`).
+A dataclass calls `check_fields` in its ``__post_init__``; any other class decorates its ``__init__`` with `checked`.
+The help of the command line describes an option from the same annotation (`describe_hint`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from qat.errors import QatError
 
 Init = TypeVar("Init", bound=Callable[..., None])
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path", dict: "a mapping"}
 ORDINALS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -71,7 +72,7 @@ def check_fields(options: Any, prefix: str = "") -> None:
     Raises:
         QatError: for the first value of a wrong type or out of its range.
     """
-    kind = type(options)
+    kind: Any = type(options)
     prefix = prefix or f"{kind.__name__}: "
     hints = _hints(kind)
     for field in fields(options):
