@@ -4,6 +4,7 @@ from qat.callbacks.average import WeightAverage
 from qat.callbacks.calibrate import Calibrate
 from qat.callbacks.console import ConsoleLog
 from qat.callbacks.end_together import EndTogether
+from qat.callbacks.final_validation import FinalValidation
 from qat.callbacks.gradient_ratio import GradientRatio
 from qat.callbacks.last import SaveLast
 from qat.callbacks.oscillation import IterativeFreezing, OscillationTracker
@@ -16,6 +17,7 @@ __all__ = [
     "Calibrate",
     "ConsoleLog",
     "EndTogether",
+    "FinalValidation",
     "GradientRatio",
     "IterativeFreezing",
     "OscillationTracker",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+from qat.ranges import Range, checked
 
 
 class WeightAverage(EMAWeightAveraging):
@@ -21,8 +25,12 @@ class WeightAverage(EMAWeightAveraging):
         update_starting_at_step: first optimizer step, counted from 0, that is averaged; the first one when null.
     """
 
+    @checked
     def __init__(
-        self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int | None = None
+        self,
+        decay: Annotated[float, Range(0, 1)] = 0.999,
+        update_every_n_steps: Annotated[int, Range(1, 1_000_000_000)] = 1,
+        update_starting_at_step: Annotated[int, Range(0, 1_000_000_000)] | None = None,
     ) -> None:
         super().__init__(
             decay=decay, update_every_n_steps=update_every_n_steps, update_starting_at_step=update_starting_at_step

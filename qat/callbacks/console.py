@@ -11,6 +11,8 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from qat.callbacks.last_logged import LastLogged
+from qat.callbacks.remaining import RemainingTime
+from qat.training.module import QATModule
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +23,15 @@ class ConsoleLog(L.Callback):
     def __init__(self, seconds: float = 15.0) -> None:
         self.seconds = seconds
         self._last_line = 0.0
-        self._last_logged = LastLogged()
+        self._last_logged, self._remaining = LastLogged(), RemainingTime()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where training starts."""
         self._last_line = time.monotonic()
-        place = (trainer.global_step, trainer.current_epoch + 1, trainer.max_epochs)
-        log.info("training starts at step %d, pass %d of %s", *place)
+        self._remaining.start(trainer)
+        assert isinstance(pl_module, QATModule)
+        place = (trainer.global_step, pl_module.total, trainer.current_epoch + 1)
+        log.info("training starts at step %d of %d, pass %d", *place)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -37,8 +41,10 @@ class ConsoleLog(L.Callback):
         if time.monotonic() - self._last_line < self.seconds:
             return
         self._last_line = time.monotonic()
+        assert isinstance(pl_module, QATModule)
+        step = f"step {trainer.global_step} of {pl_module.total}"
         place = f"pass {trainer.current_epoch + 1}, batch {batch_idx + 1} of {trainer.num_training_batches}"
-        log.info("step %d (%s): %s", trainer.global_step, place, _format(metrics, "train/loss"))
+        log.info("%s (%s), %s left: %s", step, place, self._remaining.read(trainer), _format(metrics, "train/loss"))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the metrics of a validation during training; `qat validate` prints its own."""

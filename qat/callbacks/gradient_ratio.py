@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qat.errors import QatError
+from qat.ranges import Range, checked
 from qat.training.module import QATModule
 
 
@@ -21,9 +23,8 @@ class GradientRatio(L.Callback):
         every: optimizer steps between two entries in the metrics.
     """
 
-    def __init__(self, every: int = 100) -> None:
-        if every < 1:
-            raise QatError(f"GradientRatio: every is {every}: give at least 1")
+    @checked
+    def __init__(self, every: Annotated[int, Range(1, 1_000_000_000)] = 100) -> None:
         self.every = every
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

@@ -6,19 +6,22 @@ import csv
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 
 from qat.errors import QatError
+from qat.ranges import Range, checked
 from qat.sites.insert import WeightSite, weight_sites
 from qat.training.module import QATModule
 from qat.training.oscillation import Freezable, Oscillation
 from qat.training.regularizers.base import LOW_BITS
 from qat.training.schedules import cosine_between
 
+Frequency = Annotated[float, Range(above=0, below=1)]
+Steps = Annotated[int, Range(1, 1_000_000_000)]
 CODE_BITS = 8  # wider codes would take four bytes each in the state of a checkpoint
 
 
@@ -59,13 +62,10 @@ class OscillationTracker(L.Callback):
         log_every: optimizer steps between two entries in the metrics.
     """
 
-    def __init__(self, momentum: float = 0.01, threshold: float = 0.005, every: int = 1, log_every: int = 100) -> None:
-        for name, value in (("momentum", momentum), ("threshold", threshold)):
-            if not 0 < value < 1:
-                raise QatError(f"{type(self).__name__}: {name} is {value}: give a number between 0 and 1")
-        for name, count in (("every", every), ("log_every", log_every)):
-            if count < 1:
-                raise QatError(f"{type(self).__name__}: {name} is {count}: give at least 1")
+    @checked
+    def __init__(
+        self, momentum: Frequency = 0.01, threshold: Frequency = 0.005, every: Steps = 1, log_every: Steps = 100
+    ) -> None:
         self.momentum, self.threshold, self.every, self.log_every = momentum, threshold, every, log_every
         self.updates = 0
         self._states: dict[str, Oscillation] = {}
@@ -172,22 +172,20 @@ class IterativeFreezing(OscillationTracker):
         log_every: optimizer steps between two entries in the metrics.
     """
 
+    @checked
     def __init__(
         self,
-        freeze_above: float = 0.02,
-        freeze_above_at_end: float | None = None,
-        momentum: float = 0.01,
-        threshold: float = 0.005,
-        max_bits: int = LOW_BITS,
-        log_every: int = 100,
+        freeze_above: Frequency = 0.02,
+        freeze_above_at_end: Frequency | None = None,
+        momentum: Frequency = 0.01,
+        threshold: Frequency = 0.005,
+        max_bits: Annotated[int, Range(2, CODE_BITS)] = LOW_BITS,
+        log_every: Steps = 100,
     ) -> None:
         super().__init__(momentum, threshold, 1, log_every)
-        last = freeze_above if freeze_above_at_end is None else freeze_above_at_end
-        if not (0 < freeze_above < 1 and 0 < last < 1):
-            raise QatError(f"IterativeFreezing: freeze_above is {freeze_above} to {last}: give numbers between 0 and 1")
-        if not 2 <= max_bits <= CODE_BITS:
-            raise QatError(f"IterativeFreezing: max_bits is {max_bits}: give 2 to {CODE_BITS}")
-        self.first, self.last, self.max_bits = freeze_above, last, max_bits
+        self.first = freeze_above
+        self.last = freeze_above if freeze_above_at_end is None else freeze_above_at_end
+        self.max_bits = max_bits
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Raise QatError where the run has a weight average."""

@@ -3,58 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
 from qat.data.options import DataOptions
 from qat.ptq.options import CalibrationOptions
+from qat.ranges import Range, Seed
 from qat.training.options import ModelOptions
 
-TRAINER = """
-trainer.*: every argument of Lightning's Trainer, for example --trainer.devices 2 or --trainer.precision bf16-mixed.
-`qat {verb} --trainer.help` lists them."""
+GROUPS = {"model": ModelOptions, "data": DataOptions, "calibration": CalibrationOptions}
 
 
-def add_options(parser: ArgumentParser, verb: str) -> None:
-    """All options of a verb but those of the trainer."""
-    parser.add_argument("--base", type=str | list[str] | None, default=None,
-                        help="Inside a config: configs, relative to it, that it starts from.")  # fmt: skip
-    parser.add_argument("--seed_everything", type=int, default=0, help="Seed of weights, image order and crops.")
-    ckpt = "Checkpoint that qat wrote; it describes its own model."
-    if verb == "fit":
-        ckpt = "Checkpoint to resume from, with its --config: a file, or last for the newest run of NAME."
-    parser.add_argument("--ckpt", type=Path | None, default=None, help=ckpt)
-    parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the first config's when null.")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="Runs go to RUNS/NAME/DATE.")
-    save = "Optimizer steps of qat fit between two writes of last.ckpt."
-    parser.add_argument("--save_every", type=int, default=500, help=save)
-    for name, (kind, default, text) in OWN.get(verb, {}).items():
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    parser.add_class_arguments(ModelOptions, "model")
-    parser.add_class_arguments(DataOptions, "data")
-    parser.add_class_arguments(CalibrationOptions, "calibration")
+class Option(NamedTuple):
+    """An option that belongs to no group."""
+
+    kind: Any
+    default: Any
+    help: str
 
 
-OWN: dict[str, dict[str, tuple[Any, Any, str]]] = {  # of a single verb: name -> type, default, help
+OF_ALL_VERBS = {
+    "base": Option(str | list[str] | None, None, "inside a config: configs, relative to it, that it starts from."),
+    "seed_everything": Option(Seed, 0, "seed of weights, image order and crops."),
+    "ckpt": Option(
+        Path | None, None,
+        "checkpoint that qat wrote: a file, the folder of a run, or the word last for the newest run. It describes its "
+        "own model. qat fit resumes from it.",
+    ),
+    "name": Option(str | None, None, "name of the run; that of the first config, or the model's, when null."),
+    "runs": Option(Path, Path("runs"), "runs go to RUNS/NAME/DATE."),
+    "save_every": Option(Annotated[int, Range(1)], 500, "optimizer steps between two writes of last.ckpt."),
+    "trust": Option(
+        bool, False,
+        "import classes that a checkpoint, a recipe or a config file names by a dotted path. That runs their code, so "
+        "say true only for files that you trust.",
+    ),
+}  # fmt: skip
+OF_ONE_VERB = {
     "validate": {
-        "results_file": (
-            Path | None,
-            None,
+        "results_file": Option(
+            Path | None, None,
             "JSON file to write: top1 and top5 in percent, loss, images, seconds, model, recipe, size_mb, and "
             "calibration, where there was one. A run that calibrates writes it to its folder in any case.",
         )
     },
     "predict": {
-        "output": (Path | None, None, "CSV file to write: path, then class and probability, most probable first.")
+        "output": Option(Path | None, None, "CSV file to write: path, then class and probability, best first.")
     },
-    "describe": {"full": (bool, False, "One line per site, instead of one for all blocks.")},
-}
+    "describe": {"full": Option(bool, False, "one line per site, instead of one for all blocks.")},
+}  # fmt: skip
 
 
-def print_help(verb: str, summary: str) -> None:
-    """The help of a verb that trains or evaluates."""
-    plain_parser(verb, f"{summary[0].upper()}{summary[1:]}.").print_help()
+def add_options(parser: ArgumentParser, verb: str) -> None:
+    """All options of a verb but those of the trainer."""
+    for name, option in (OF_ALL_VERBS | OF_ONE_VERB.get(verb, {})).items():
+        parser.add_argument(f"--{name}", type=option.kind, default=option.default, help=option.help)
+    for name, options in GROUPS.items():
+        parser.add_class_arguments(options, name)
 
 
 def plain_parser(verb: str, description: str) -> ArgumentParser:
@@ -63,7 +69,6 @@ def plain_parser(verb: str, description: str) -> ArgumentParser:
         prog=f"qat {verb}",
         usage=f"qat {verb} [options]",
         description=description,
-        epilog=TRAINER.format(verb=verb) if verb != "describe" else None,
         exit_on_error=False,
         allow_abbrev=False,
     )

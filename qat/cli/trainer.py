@@ -6,22 +6,28 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from rich.console import Console
 
 from qat.callbacks import Calibrate, WritePredictions
+from qat.cli.summary import after_validation, show
 from qat.errors import QatError
+from qat.runs.folder import CALIBRATED
 from qat.sites.describe import cost, summary
 from qat.training.module import QATModule
 
 log = logging.getLogger(__name__)
+TRAINER_DEFAULTS = {
+    "reload_dataloaders_every_n_epochs": 1,  # passes differ in crops per image
+    "use_distributed_sampler": False,  # the data module spreads the images itself
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # `qat describe` says more
+}
 RESULTS = "results.json"  # of a run that calibrates
-WORST = 5  # sites that are printed after a validation
 
 
 class Trainer(L.Trainer):
@@ -66,9 +72,9 @@ class Trainer(L.Trainer):
         results = {key: metrics[f"val/{key}"] for key in ("top1", "top5", "loss")}
         results |= {"images": round(metrics["val/images"]), "seconds": round(seconds, 2), **_about(model)}
         if self.is_global_zero:
-            for line in _report(results):
-                Console().print(line, highlight=False, soft_wrap=True)
             folders = [callback.folder / RESULTS for callback in calibrators if callback.folder is not None]
+            calibrated = next((folder.with_name(CALIBRATED) for folder in folders), None)
+            show(*after_validation(results, ckpt_path, calibrated))
             for file in [*folders, results_file]:
                 if file is not None:
                     file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -110,20 +116,6 @@ def _about(model: QATModule) -> dict[str, Any]:
         "float_size_mb": round(size.float_size_mb, 3),
         "calibration": model.calibration,
     }
-
-
-def _report(results: Mapping[str, Any]) -> Iterator[str]:
-    """What a validation has found, a line for each thing."""
-    line = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images in {seconds:.1f} s"
-    yield line.format(**results)
-    if results["recipe"] == "float":
-        return
-    line = "{recipe}; {size_mb:.2f} MB with weights packed at their width (float32: {float_size_mb:.2f} MB)"
-    yield line.format(**results)
-    errors = results["calibration"].get("snr_db", {})
-    worst = sorted(errors, key=errors.__getitem__)[:WORST]
-    if worst:
-        yield "most error (signal to noise): " + ", ".join(f"{site} {errors[site]:.1f} dB" for site in worst)
 
 
 def check_folder(option: str, path: Path | None) -> None:

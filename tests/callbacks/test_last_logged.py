@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,11 @@ def test_the_bar_shows_plain_numbers_of_the_last_log(images: Path, tmp_path: Pat
     options = {"logger": MetricsFile(tmp_path), "enable_progress_bar": True, "log_every_n_steps": 2}
     fit(tiny_module(), images, tmp_path, [watch, bar], max_steps=5, **options)
     rows = [{name: float(row[name]) for name in ("train/loss", "lr", "step_lr")} for row in logged(tmp_path)]
-    shown = [{name: value for name, value in seen.items() if name != "v_num"} for seen in watch.seen]
+    ends = [seen.pop("left") for seen in watch.seen]
+    shown = watch.seen
     assert shown == [{}, rows[0], rows[0], rows[1], rows[1]]
+    assert ends[-1] == "0:00:00"  # all 5 steps are done
+    assert all(end.count(":") == 2 for end in ends)
     assert all(type(value) is float for seen in shown for value in seen.values())
 
 
@@ -76,8 +80,9 @@ def test_the_log_file_has_the_loss_of_the_last_log(
     (row,) = logged(tmp_path)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
     loss = f"train/loss {float(row['train/loss']):.4g}"
+    lines = [re.sub(r"\d:\d\d:\d\d", "TIME", line) for line in lines]
     assert lines == [
-        "step 1 (pass 1, batch 1 of 6): ",
-        f"step 2 (pass 1, batch 2 of 6): {loss}",
-        f"step 3 (pass 1, batch 3 of 6): {loss}",
+        "step 1 of 3 (pass 1, batch 1 of 6), TIME left: ",
+        f"step 2 of 3 (pass 1, batch 2 of 6), TIME left: {loss}",
+        f"step 3 of 3 (pass 1, batch 3 of 6), TIME left: {loss}",
     ]

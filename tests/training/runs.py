@@ -37,8 +37,9 @@ def tiny_trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L
     """A trainer on the CPU that saves nothing by itself."""
     return L.Trainer(
         accelerator="cpu", devices=1, default_root_dir=folder, callbacks=callbacks, enable_checkpointing=False,
-        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
-        reload_dataloaders_every_n_epochs=1, **{"logger": False, "enable_progress_bar": False, **options},
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        **{"logger": False, "enable_progress_bar": False, "limit_val_batches": 0, **options},
     )  # fmt: skip
 
 
