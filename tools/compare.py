@@ -9,7 +9,6 @@ side. Images that both models get right, or both wrong, do not widen it, as they
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qat.cli.scripts import Parser, run_script
 from qat.errors import QatError, first_line
 
 
@@ -35,7 +35,14 @@ def hits(path: Path) -> dict[str, bool]:
         raise QatError(f"{path} is not an output of `qat predict`: it has no columns path and class_1")
     if not rows:
         raise QatError(f"{path} holds no predictions: run `qat predict` on a folder with images")
-    return {row["path"]: Path(row["path"]).parent.name == row["class_1"] for row in rows}
+    found: dict[str, bool] = {}
+    for row in rows:
+        image, guess = row["path"], row["class_1"]
+        if not image or not guess or image in found:
+            what = f"has {image!r} twice" if image in found else f"has a line without path or class: {image!r}"
+            raise QatError(f"{path} {what}; run `qat predict` again")
+        found[image] = Path(image).parent.name == guess
+    return found
 
 
 def interval(differences: npt.NDArray[np.float64]) -> tuple[float, float]:
@@ -63,15 +70,12 @@ def compare(paths: list[Path]) -> Table:
     return table
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and print the table."""
-    parser = argparse.ArgumentParser(description="Compare the predictions of several models on the same images.")
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line and print the table; 0, or 2 with one line on stderr for bad input."""
+    parser = Parser(prog="compare", description="Compare the predictions of several models on the same images.")
     parser.add_argument("predictions", type=Path, nargs="+", help="outputs of `qat predict`; the first is the baseline")
-    try:
-        Console().print(compare(parser.parse_args(arguments).predictions))
-    except QatError as error:
-        sys.exit(f"error: {error}")
+    return run_script(parser, lambda args: Console().print(compare(args.predictions)), arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

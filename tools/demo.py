@@ -8,7 +8,6 @@ Every command is printed as you would type it, then run in this process, because
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -22,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qat.errors import QatError
+from qat.cli.scripts import Parser, run_script
 
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[1] / "configs" / "demo"))
 BITS = (4, 2)
@@ -146,17 +145,13 @@ def run(demo: Demo) -> int:
     return 0 if gained or demo.quick else 1
 
 
-def main() -> None:
-    """Read the command line and run the demo."""
-    parser = argparse.ArgumentParser(description="Quantize a small vision transformer on handwritten digits.")
+def main() -> int:
+    """Read the command line and run the demo; 2 with one line on stderr for bad input."""
+    parser = Parser(prog="demo", description="Quantize a small vision transformer on handwritten digits.")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for everything (demo_out)")
     parser.add_argument("--quick", action="store_true", help="one epoch per training, only to see that everything runs")
-    args = parser.parse_args()
-    try:
-        sys.exit(run(Demo(args.out, args.quick)))
-    except QatError as error:
-        sys.exit(f"error: {error}")
+    return run_script(parser, lambda args: run(Demo(args.out, args.quick)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,6 @@ Shapes: N images, S = 8 pixels.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
+from qat.cli.scripts import Parser, run_script
 from qat.errors import QatError
 
 COUNT = 1797
@@ -69,15 +69,12 @@ def write_images(tree: Path) -> None:
             Image.fromarray(pixels[index]).save(path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and write the images."""
-    parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits as a class-folder tree.")
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line and write the images; 0, or 2 with one line on stderr for bad input."""
+    parser = Parser(prog="digits", description="Write scikit-learn's handwritten digits as a class-folder tree.")
     parser.add_argument("folder", type=Path, help="where train/ and val/ go")
-    try:
-        write(parser.parse_args(arguments).folder)
-    except QatError as error:
-        sys.exit(f"error: {error}")
+    return run_script(parser, lambda args: write(args.folder), arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

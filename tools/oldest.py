@@ -53,7 +53,8 @@ def main() -> None:
     try:
         print("\n".join(oldest(requirements, own)))
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"oldest: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python tools/show_softlabels.py labels.h5 --data.root /path/to/imagenet --output
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,9 +17,11 @@ import numpy as np
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
+from qat.cli.scripts import Parser, run_script
+from qat.data.classes import Tree
 from qat.data.crops import Crop, replay
 from qat.data.decode import decode, reason
-from qat.data.folder import class_names, find_images, wnids
+from qat.data.folder import wnids
 from qat.data.softlabels.reader import SoftLabels, check_size
 from qat.data.softlabels.replay import recover
 from qat.data.softlabels.store import ImageLabels
@@ -90,23 +91,24 @@ def find(asked: str | None, folder: Path, paths: Sequence[str], labels: SoftLabe
 
 def look(store: Path, root: Path, image: str | None, count: int | None) -> Scene:
     """Read an image and the labels of its first crops; QatError for a store that was made on other images."""
-    labels, folder = SoftLabels(store), root / "train"
-    paths, classes = find_images(folder), class_names(folder)
-    labels.check_images(folder, paths, classes)
+    labels, tree = SoftLabels(store), Tree(root)
+    source, classes = tree.source("train"), tree.number()
+    labels.check_images(source, classes.names)
     labels.check_finished(partial=True)
     count = min(CROPS, labels.header.num_crops) if count is None else count
     if not 1 <= count <= labels.header.num_crops:
         raise QatError(f"crops is {count}: choose 1..{labels.header.num_crops}, which {store} has of an image")
-    index = find(image, folder, paths, labels)
-    path, true = folder / paths[index], paths[index].partition("/")[0]
+    index = find(image, source.place, source.names, labels)
+    path, true = source.path(index), classes.names[classes.of(source)[index]]
     stored = labels.read(index, np.arange(count))
     stored.check(labels.header.num_classes)
     try:
-        pixels = decode(path)
+        pixels = decode(source.open(index))
     except Exception as error:  # Pillow has no common base
         raise QatError(f"cannot read {path}: {reason(error)}; choose another image") from None
     check_size(stored.image_size, (pixels.shape[1], pixels.shape[2]), f"{path}: ")
-    return Scene(paths[index], pixels, described(true), str(labels), shown(pixels, stored, labels, classes, true))
+    shows = shown(pixels, stored, labels, classes.names, true)
+    return Scene(source.names[index], pixels, described(true), str(labels), shows)
 
 
 def shown(pixels: Tensor, stored: ImageLabels, labels: SoftLabels, classes: Sequence[str], true: str) -> list[Shown]:
@@ -221,6 +223,8 @@ def draw(scene: Scene, output: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise QatError(f"the picture needs matplotlib ({error}): pip install 'qat[demo]'") from error
+    if output.is_dir():
+        raise QatError(f"output is {output}, a folder: give the name of a file")
     figure = Figure(dpi=110)
     compose(scene, figure)
     try:
@@ -231,19 +235,15 @@ def draw(scene: Scene, output: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return 0 for success and 2, with one line on stderr, for bad input."""
-    parser = argparse.ArgumentParser(prog="show_softlabels", description="Draw an image and the labels of its crops.")
+    parser = Parser(prog="show_softlabels", description="Draw an image and the labels of its crops.")
     parser.add_argument("labels", type=Path, help="store of soft labels")
     parser.add_argument("--data.root", dest="root", type=Path, required=True, help="folder with train/<class>/*")
     parser.add_argument("--image", help="number of an image, or its path; the first with labels when left out")
     parser.add_argument("--crops", type=int, help=f"how many of its crops (default: {CROPS})")
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
-    args = parser.parse_args(arguments)
-    try:
-        draw(look(args.labels, args.root, args.image, args.crops), args.output)
-    except QatError as error:
-        print(f"show_softlabels: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script(
+        parser, lambda args: draw(look(args.labels, args.root, args.image, args.crops), args.output), arguments
+    )
 
 
 if __name__ == "__main__":

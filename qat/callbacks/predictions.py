@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 
+from qat.data.folder import descriptions, wnids
 from qat.errors import QatError
+from qat.runs.writing import replacing, writing
 from qat.training.module import Prediction, QATModule
 
 
 class WritePredictions(L.Callback):
     """Writes one line per image: path, then class and probability of the five most probable classes.
 
-    The file gets its name when it is complete; an interrupted run leaves only ``NAME.part``.
+    ImageNet's classes are named beside their wnids. The file appears when it is complete; what stood there before is
+    kept until then. A path is written as the bytes that the system has, whether or not they are UTF-8.
 
     Args:
         path: CSV file to write.
@@ -24,17 +28,21 @@ class WritePredictions(L.Callback):
     """
 
     def __init__(self, path: Path, classes: Sequence[str] = ()) -> None:
-        self.path, self.part = path, path.with_name(path.name + ".part")
-        self.classes = classes
+        self.path, self.classes = path, classes
+        self.words = descriptions() if classes and set(classes) <= set(wnids()) else {}
+        self.images = 0  # written so far
+        self._file: IO[str]
+        self._open = ExitStack()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the header."""
         if trainer.world_size > 1:
             raise QatError("qat predict writes one table: run it with --trainer.devices 1")
         assert isinstance(pl_module, QATModule)
+        self._file = self._open.enter_context(replacing(self.path, errors="surrogateescape"))
         top = min(5, pl_module.card.num_classes)
-        columns = [f"{name}_{k}" for k in range(1, top + 1) for name in ("class", "prob")]
-        self._write("w", [["path", *columns]])
+        kinds = ("class", "name", "prob") if self.words else ("class", "prob")
+        self._write([["path", *(f"{kind}_{k}" for k in range(1, top + 1) for kind in kinds)]])
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
@@ -44,14 +52,26 @@ class WritePredictions(L.Callback):
         assert isinstance(outputs, Prediction)
         rows = []
         for path, classes, probs in zip(outputs.paths, outputs.classes.tolist(), outputs.probs.tolist(), strict=True):
-            named = [self.classes[c] if self.classes else c for c in classes]
-            rows.append([path, *(cell for name, p in zip(named, probs, strict=True) for cell in (name, f"{p:.6f}"))])
-        self._write("a", rows)
+            cells = [cell for c, prob in zip(classes, probs, strict=True) for cell in self._cells(c, prob)]
+            rows.append([path, *cells])
+        self._write(rows)
+        self.images += len(rows)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the complete file its name."""
-        self.part.replace(self.path)
+        """Give the complete file its name; QatError when no image could be read."""
+        if not self.images:
+            raise QatError("no image could be read, so there is nothing to predict")
+        self._open.close()
 
-    def _write(self, mode: str, rows: list[list[Any]]) -> None:
-        with self.part.open(mode, newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Remove the incomplete file."""
+        self._open.__exit__(QatError, QatError("incomplete"), None)  # an OSError would be taken for one of this file
+
+    def _cells(self, label: int, prob: float) -> list[Any]:
+        name = self.classes[label] if self.classes else label
+        return [name, self.words[str(name)], f"{prob:.6f}"] if self.words else [name, f"{prob:.6f}"]
+
+    def _write(self, rows: list[list[Any]]) -> None:
+        with writing(self.path):
+            csv.writer(self._file).writerows(rows)
+            self._file.flush()  # a full disk shows here

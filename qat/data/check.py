@@ -2,58 +2,121 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
-from qat.data.softlabels.reader import SoftLabels
+from qat.data.classes import Classes, Tree
+from qat.data.decode import decode, reason
+from qat.data.folder import are_numbers, find_loose_images, wnids
+from qat.data.source import Source
 from qat.errors import QatError
+
+log = logging.getLogger(__name__)
 
 
 def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: bool) -> None:
-    """Check the folders and the soft labels that ``verb`` reads; set ``num_classes`` and ``classes`` of ``model``.
+    """Check the images and the soft labels that ``verb`` reads; set ``num_classes`` and ``classes`` of ``model``.
 
     Args:
         verb: fit, validate or predict.
-        model: options of the module, of which num_classes, classes and teacher are used.
+        model: options of the module, of which num_classes, classes, teacher and what gives its weights are used.
         data: options of the data module.
         ckpt: checkpoint that the model comes from.
         calibrates: whether the run calibrates, which needs training images for every verb.
 
     Raises:
-        QatError: a folder is missing or empty, or does not fit the model, the checkpoint or the soft labels.
+        QatError: images are missing, cannot be read, or do not fit the model, the checkpoint or the soft labels.
     """
     if verb == "predict" and data.images is not None:
-        find_loose_images(Path(data.images))
-        if calibrates and data.root is None:
-            raise QatError("data.root is not set: a model without --ckpt is calibrated on root/train")
-    elif data.root is None:
-        raise QatError("data.root is not set: give the folder with train/<class>/*.JPEG and val/<class>/*.JPEG")
-    if data.root is None:
-        return
-    root = Path(data.root)
-    for split in ("train", "val") if verb == "fit" else ("train",) if calibrates else ():
-        find_images(root / split)
-    if verb in ("validate", "predict") and data.images is None:
-        find_images(root / "val")
-    classes = class_names_of(root) if (root / "train").is_dir() else class_names(root / "val")
-    if ckpt is not None and model.classes and classes != model.classes:
-        other = next((c for c in classes if c not in model.classes), classes[0])
-        raise QatError(
-            f"data.root {root} has {len(classes)} classes, the checkpoint {len(model.classes)} others: "
-            f"class {other!r} differs"
-        )
-    if model.num_classes not in (None, len(classes)):
-        raise QatError(f"model.num_classes is {model.num_classes}, but {root} has {len(classes)} classes")
-    if len(classes) < 2:
-        raise QatError(f"data.root {root} has one class folder, {classes[0]!r}: a classifier needs at least two")
-    model.num_classes, model.classes = len(classes), classes
+        _check_loose(Path(data.images), data.root, calibrates)
+        if data.root is None:
+            return
+    tree = Tree.of(data)
+    used = {"train": verb == "fit" or calibrates, "val": verb != "predict" or data.images is None}
+    sources = [tree.source(split) for split in used if used[split]]
+    classes = tree.number((ckpt is not None and model.classes) or _numbers(model.num_classes, tree))
+    for source in sources:
+        classes.of(source)
+        check_readable(source)
+    _check_number(model.num_classes, classes, tree)
+    keeps_head = ckpt is None and model.quant_checkpoint is None and model.checkpoint and not model.fresh_head
+    if keeps_head and tree.class_map is None:
+        _warn_of_unnamed(classes, tree)
+    model.num_classes, model.classes = len(classes.names), list(classes.names)
     if verb == "fit" and data.softlabels is not None:
-        if model.teacher is not None:
-            raise QatError("data.softlabels and model.teacher both make labels: set one of them to null")
-        crop_options = given_crop_options(data.crop_scale, data.crop_ratio, data.flip)
-        SoftLabels.of(Path(data.softlabels), root / "train", classes, crop_options, data.softlabels_partial)
+        _check_softlabels(model, data, tree.source("train"), classes)
+
+
+def _check_loose(images: Path, root: Path | None, calibrates: bool) -> None:
+    """QatError for images to predict of which none can be read, or for a calibration without training images."""
+    check_readable(Source(images, find_loose_images(images)))
+    if calibrates and root is None:
+        raise QatError("data.root is not set: a model without --ckpt is calibrated on root/train")
+
+
+def check_readable(source: Source) -> None:
+    """QatError when not a single image of the source can be read; nothing could be measured on it."""
+    first = ""
+    for index in range(len(source)):
+        try:
+            decode(source.open(index))
+            return
+        except Exception as error:  # Pillow has no common base
+            first = first or f"{source.path(index)}: {reason(error)}"
+    raise QatError(f"none of the {len(source)} images of {source.place} can be read, first {first}")
+
+
+def _numbers(num_classes: int | None, tree: Tree) -> list[str]:
+    """Numbers as the names of the classes, where fewer folders than ``model.num_classes`` have numbers for names."""
+    if num_classes is None or tree.class_map is not None:
+        return []
+    keys = tree.keys()
+    if len(keys) < num_classes and are_numbers(keys) and max(map(int, keys)) < num_classes:
+        return [str(number) for number in range(num_classes)]
+    return []
+
+
+def _check_number(num_classes: int | None, classes: Classes, tree: Tree) -> None:
+    """QatError for another number of classes than the model is to have, or for a single one."""
+    count = len(classes.names)
+    if num_classes not in (None, count):
+        way_out = ""
+        if tree.classes == "auto" and classes.names == wnids():
+            way_out = ": all its folders are of ImageNet; --data.classes folders takes those that exist as all classes"
+        raise QatError(f"model.num_classes is {num_classes}, but {tree.root} has {count} classes{way_out}")
+    if count < 2:
+        place = tree.place("train" if tree.has("train") else "val") / classes.names[0]
+        below = sorted(entry.name for entry in place.iterdir() if entry.is_dir()) if place.is_dir() else []
+        hint = f"; {place} has {len(below)} folders, {below[0]!r}, ...: are those the classes?" if below else ""
+        raise QatError(
+            f"data.root {tree.root} has one class folder, {classes.names[0]!r}: a classifier needs at least two{hint}"
+        )
+
+
+def _warn_of_unnamed(classes: Classes, tree: Tree) -> None:
+    """Say how folders are numbered where the model has a head already, but no names of its classes to compare with."""
+    if classes.names == wnids() or not (are_numbers(classes.names) or len(classes.names) == len(wnids())):
+        return
+    first, second, *_ = classes.names
+    log.warning(
+        "%s: the weights do not say the names of their classes, so they cannot be matched by name: %r is taken as "
+        "class 0, %r as class 1, and so on; data.class_map can give others", tree.root, first, second,
+    )  # fmt: skip
+
+
+def _check_softlabels(model: Any, data: Any, source: Source, classes: Classes) -> None:
+    """QatError for soft labels of other images, or beside options that contradict them."""
+    from qat.data.softlabels.reader import SoftLabels
+
+    if model.teacher is not None:
+        raise QatError("data.softlabels and model.teacher both make labels: set one of them to null")
+    if data.exif_orientation:
+        raise QatError("data.exif_orientation turns images, but soft labels are made on images as they are stored: "
+                       "leave one of them out")  # fmt: skip
+    crop_options = given_crop_options(data.crop_scale, data.crop_ratio, data.flip)
+    SoftLabels.of(Path(data.softlabels), source, classes.names, crop_options, data.softlabels_partial)
 
 
 def given_crop_options(scale: object, ratio: object, flip: object) -> dict[str, Any]:
@@ -66,13 +129,6 @@ def at_least(name: str, value: int, lowest: int) -> int:
     """Return ``value``; QatError when it is below ``lowest``."""
     if value < lowest:
         raise QatError(f"data.{name} is {value}: it must be at least {lowest}")
-    return value
-
-
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return ``value``; QatError when it is not among ``choices``."""
-    if value not in choices:
-        raise QatError(f"data.{name} is {value!r}: choose from {choices}")
     return value
 
 

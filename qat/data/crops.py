@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -16,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.errors import QatError
+from qat.ranges import Range, check_fields
 
+Area = Annotated[float, Range(above=0, high=1)]  # of a crop, as a fraction of its image's
+Ratio = Annotated[float, Range(above=0, high=1000)]  # width / height
+Probability = Annotated[float, Range(0, 1)]
 TRIES = 10  # boxes that are drawn before the central fallback, as in torchvision
 
 
@@ -33,20 +38,17 @@ class CropDistribution:
         QatError: a range is empty or impossible.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    scale: tuple[Area, Area] = (0.08, 1.0)
+    ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
+    flip: Probability = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self, "crop ")
         for name in ("scale", "ratio"):
-            value = tuple(float(v) for v in getattr(self, name))
-            if len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
-                raise QatError(f"crop {name} is {value}: two numbers are needed, 0 < lowest <= highest")
-            object.__setattr__(self, name, value)
-        if self.scale[1] > 1:
-            raise QatError(f"crop scale is {self.scale}: a crop has at most the area of its image, so highest <= 1")
-        if not 0 <= self.flip <= 1:
-            raise QatError(f"crop flip is {self.flip}: a probability lies in 0..1")
+            low, high = (float(v) for v in getattr(self, name))
+            if low > high:
+                raise QatError(f"crop {name} is {(low, high)}: give the lowest first, then the highest")
+            object.__setattr__(self, name, (low, high))
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qat.data.batch_size import DEFAULT_BATCH_SIZE, split_global_batch
 from qat.data.check import at_least, cores
+from qat.data.classes import Classes, Tree
 from qat.data.crops import CropDistribution
-from qat.data.folder import class_names, class_names_of, find_images, find_loose_images
-from qat.data.images import Batch, CropView, EvalView, Images, Loader, View, as_it_is
+from qat.data.folder import find_loose_images
+from qat.data.images import Batch, CropView, EvalView, Images, View, load
 from qat.data.options import DataOptions
 from qat.data.order import ResumableBatchSampler, batches_done, batches_per_pass, crop_passes, shuffled
 from qat.data.softlabels.reader import SoftLabels
 from qat.data.softlabels.replay import ReplayView
+from qat.data.source import Source
 from qat.data.streams import rng_for
 from qat.data.unreadable import UnreadableImages
 from qat.errors import QatError
@@ -35,17 +35,20 @@ TRIES = {"error": 1, "skip": 100}  # files tried for one training sample; more u
 
 
 class ImageNetDataModule(L.LightningDataModule):
-    """Training crops, evaluation images and calibration images of a folder tree.
+    """Training crops, evaluation images and calibration images of a data set.
+
+    Args:
+        options: the options.
+        classes: those of the model in the order of their labels, where they are known, as from a checkpoint.
 
     Attributes:
         batch_size: training crops per process and forward pass. With ``global_batch_size`` it depends on the number of
             processes, which `plan_batches` or `setup` learns; before that it is the value for one process.
     """
 
-    def __init__(self, options: DataOptions) -> None:
+    def __init__(self, options: DataOptions, classes: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.options = options
-        self.root, self.images = options.root, options.images
+        self.options, self._known = options, tuple(classes or ())
         self.workers = min(cores(), 8) if options.workers is None else options.workers
         self.seed = options.seed or 0
         self.crop_distribution = CropDistribution(**options.given_crop_options)
@@ -54,10 +57,18 @@ class ImageNetDataModule(L.LightningDataModule):
         self._epoch, self._resumed = 0, {"epoch": 0, "batches": 0}
 
     @property
+    def tree(self) -> Tree:
+        """Where the images are; QatError if root is not set."""
+        return Tree.of(self.options)
+
+    @cached_property
+    def _classes(self) -> Classes:
+        return self.tree.number(self._known)
+
+    @property
     def classes(self) -> list[str]:
-        """Class names in the order of their labels; QatError if root is not set or its folders do not match."""
-        root = self._root()
-        return class_names_of(root) if (root / "train").is_dir() else class_names(root / "val")
+        """Class names in the order of their labels; QatError if root is not set or there are no images."""
+        return list(self._classes.names)
 
     @property
     def num_classes(self) -> int:
@@ -103,9 +114,8 @@ class ImageNetDataModule(L.LightningDataModule):
         """The soft labels; QatError when they were made on other images or with other crop options."""
         if self.options.softlabels is None:
             return None
-        folder, crop_options = self._root() / "train", self.options.given_crop_options
-        partial = self.options.softlabels_partial
-        store = SoftLabels.of(self.options.softlabels, folder, self.classes, crop_options, partial)
+        crop_options, partial = self.options.given_crop_options, self.options.softlabels_partial
+        store = SoftLabels.of(self.options.softlabels, self.tree.source("train"), self.classes, crop_options, partial)
         log.info("soft labels of %s", store)
         return store
 
@@ -113,7 +123,7 @@ class ImageNetDataModule(L.LightningDataModule):
         """Indices of the images that are trained on: all, or those of an unfinished store that have labels."""
         if self.store is not None:
             return np.flatnonzero(self.store.done)
-        return np.arange(len(find_images(self._root() / "train")))
+        return np.arange(len(self.tree.source("train")))
 
     def setup(self, stage: str) -> None:
         """Check the folders that the stage reads, the preprocessing and the batch size; QatError if one is unusable."""
@@ -122,12 +132,12 @@ class ImageNetDataModule(L.LightningDataModule):
             accumulate = self.plan_batches(self.trainer.world_size, self.trainer.accumulate_grad_batches)
             self.trainer.accumulate_grad_batches = accumulate
         if stage == "predict":
-            find_loose_images(self._prediction_folder())
+            self._prediction_source()
             return
         if stage == "fit":
             self._trained()
-        find_images(self._root() / "val")
-        log.info("%d classes in %s", self.num_classes, self.root)
+        self._classes.of(self.tree.source("val"))
+        log.info("%d classes in %s", self.num_classes, self.options.root)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The pass ``trainer.current_epoch``; after the last pass, further ones with crops_per_image crops each."""
@@ -151,9 +161,12 @@ class ImageNetDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The pass, its finished batches and what their order depends on, to resume in the middle of a pass."""
         assert self.trainer is not None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
-        done = progress["processed"]  # "completed" lags when saved in a callback
-        return {"epoch": self._epoch, "batches": done, **self._order(self._epoch)}
+        loop = self.trainer.fit_loop
+        passes, batches = (
+            part.state_dict()["current"] for part in (loop.epoch_progress, loop.epoch_loop.batch_progress)
+        )
+        progress = {"batches": batches["processed"], "finished": passes["processed"] == passes["ready"]}
+        return {"epoch": self._epoch, **progress, **self._order(self._epoch)}  # "completed" lags in a callback
 
     def _order(self, epoch: int) -> dict[str, Any]:
         """Everything that decides which images and crops are in which batch of a pass."""
@@ -175,9 +188,9 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Every image to predict once, in order, spread over the ranks; all labels are -1."""
-        folder = self._prediction_folder()
+        upright = self.options.exif_orientation is not False
         view = EvalView(self._preprocessing())
-        return self._evaluation(Images(folder, find_loose_images(folder), {}, view))
+        return self._evaluation(Images(self._prediction_source(), None, view, upright=upright))
 
     def calibration_batches(self, images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Batches uint8 (b, 3, S, S) of a random subset of the training images, in the evaluation transform.
@@ -195,7 +208,7 @@ class ImageNetDataModule(L.LightningDataModule):
         source = self._split("train", EvalView(self._preprocessing()), TRIES[self.options.on_bad_image])
         if not 0 < images <= len(source):
             raise QatError(
-                f"calibration.images is {images}: {self.root}/train has {len(source)}, choose 1..{len(source)}"
+                f"calibration.images is {images}: {source.source.place} has {len(source)}, choose 1..{len(source)}"
             )
         chosen = rng_for(at_least("calibration seed", seed, 0), 0, 0).permutation(len(source))[:images]
         batches = ResumableBatchSampler(chosen, at_least("calibration batch_size", batch_size, 1))
@@ -207,23 +220,15 @@ class ImageNetDataModule(L.LightningDataModule):
         return self.unreadable.report_training(batch) if training else self.unreadable.report(batch)
 
     def _split(self, name: str, view: View, tries: int = 1, chosen: npt.NDArray[np.int64] | None = None) -> Images:
-        folder = self._root() / name
-        labels, paths = {name: label for label, name in enumerate(self.classes)}, find_images(folder)
-        return Images(folder, paths if chosen is None else [paths[i] for i in chosen], labels, view, tries)
+        source = self.tree.source(name)
+        return Images(source, self._classes.of(source), view, tries, chosen, bool(self.options.exif_orientation))
 
     def _evaluation(self, images: Images) -> DataLoader[Batch]:
         rank, world_size = self._rank()
         return self._loader(images, batch_size=self.val_batch_size, sampler=range(rank, len(images), world_size))
 
     def _loader(self, images: Images, **batching: Any) -> DataLoader[Batch]:
-        return Loader(
-            images,
-            num_workers=self.workers,  # PyTorch sets one thread in each
-            collate_fn=as_it_is,  # type: ignore[arg-type]
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # otherwise every loader advances the global generator by one number
-            **batching,
-        )
+        return load(images, self.workers, **batching)
 
     def _crops(self, epoch: int) -> int:
         return self.passes[epoch] if epoch < len(self.passes) else self.options.crops_per_image
@@ -239,10 +244,6 @@ class ImageNetDataModule(L.LightningDataModule):
         except TypeError as error:
             raise QatError(f"data.preprocessing is {self.options.preprocessing}: {error}") from error
 
-    def _root(self) -> Path:
-        if self.root is None:
-            raise QatError("data.root is not set: expected a folder with train/<class>/*.JPEG and val/<class>/*.JPEG")
-        return self.root
-
-    def _prediction_folder(self) -> Path:
-        return self._root() / "val" if self.images is None else self.images
+    def _prediction_source(self) -> Source:
+        images = self.options.images
+        return self.tree.source("val") if images is None else Source(images, find_loose_images(images))

@@ -7,19 +7,22 @@ would reach the user as a traceback without the path. The main process decides w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qat.data.crops import CropDistribution, draw, replay
-from qat.data.decode import decode, new_images, reason, to_image, to_tensor
+from qat.data.decode import new_images, read_image, reason, to_image, to_tensor
+from qat.data.source import Source
 from qat.data.streams import rng_for
+from qat.data.worker import leave_signals_to_the_main_process
 from qat.errors import QatError
 from qat.preprocessing import Preprocessing
 
@@ -61,6 +64,7 @@ class Batch(NamedTuple):
     bad: tuple[str, ...]  # one message for every file of this batch that could not be read
     soft_labels: TopK | None = None  # replace the labels in the loss
     fatal: str = ""  # an error that stops the run even if unreadable images are skipped
+    notes: tuple[str, ...] = ()  # on images of which only a part was used
 
 
 @dataclass(frozen=True)
@@ -104,22 +108,28 @@ class CropView:
 
 
 class Images(Dataset[Batch]):
-    """ResumableBatchSampler of the listed images; each file is decoded once for all of its views.
+    """Images of a source, in batches; each is decoded once for all of its views.
 
     Args:
-        folder: folder that the paths are relative to.
-        paths: images; the first part of a path names the class.
-        labels: number of every class by its name; -1 stands for a class that is not in it.
+        source: the images.
+        labels: the label of every image of the source; -1 for all where it is None.
         view: makes the views of a decoded image.
         tries: how many files are tried for one index: the file itself, then those that follow it in the list.
+        chosen: numbers of the images in the source that an index counts; all when None.
+        upright: turn images as the orientation in their EXIF says.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[str], labels: Mapping[str, int], view: View, tries: int = 1):
-        self.folder, self.paths, self.labels = folder, paths, labels
-        self.view, self.tries = view, min(tries, len(paths))
+    def __init__(
+        self, source: Source, labels: Sequence[int] | None, view: View, tries: int = 1,
+        chosen: npt.NDArray[np.int64] | None = None, upright: bool = False,
+    ):  # fmt: skip
+        self.source, self.view, self.upright = source, view, upright
+        self.labels = np.full(len(source), -1) if labels is None else np.asarray(labels, np.int64)
+        self.chosen = np.arange(len(source)) if chosen is None else chosen
+        self.tries = min(tries, len(self.chosen))
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.chosen)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """The batch of these indices; images that cannot be read, or must not be trained on, leave a message only."""
@@ -131,31 +141,34 @@ class Images(Dataset[Batch]):
     def _batch(self, indices: Sequence[int]) -> Batch:
         m, S = self.view.count, self.view.size
         images = new_images(len(indices) * m, S)
-        paths: list[str] = []
+        numbers: list[int] = []
         soft: list[TopK] = []
         bad: list[str] = []
+        notes: list[str] = []
         for index in indices:
-            for place in ((index + offset) % len(self.paths) for offset in range(self.tries)):
-                path = self.folder / self.paths[place]
+            for place in ((index + offset) % len(self.chosen) for offset in range(self.tries)):
+                number = int(self.chosen[place])
                 try:
-                    image = decode(path)
+                    image, note = read_image(self.source.open(number), self.upright)
                 except Exception as error:  # Pillow has no common base: OSError, SyntaxError, ValueError, ...
-                    bad.append(f"{path}: {reason(error)}")
+                    bad.append(f"{self.source.path(number)}: {reason(error)}")
                     continue
-                labels = self._views(image, place, images[len(paths) * m :][:m])
-                paths.append(self.paths[place])
+                labels = self._views(image, place, images[len(numbers) * m :][:m])
+                numbers.append(number)
                 soft += [] if labels is None else [labels]
+                notes += [f"{self.source.path(number)} {note}"] if note else []
                 break
-        numbers = torch.tensor([self.labels.get(path.partition("/")[0], -1) for path in paths], dtype=torch.int64)
+        paths = tuple(self.source.names[number] for number in numbers)
+        labels_of = torch.from_numpy(self.labels[numbers]).repeat_interleave(m)
         stored = TopK(*(torch.cat(parts) for parts in zip(*soft, strict=True))) if soft else None
-        return Batch(images[: len(paths) * m], numbers.repeat_interleave(m), tuple(paths), tuple(bad), stored)
+        return Batch(images[: len(paths) * m], labels_of, paths, tuple(bad), stored, notes=tuple(notes))
 
     def _views(self, image: Tensor, place: int, out: Tensor) -> TopK | None:
         """Add the path to the error of an image whose soft labels were made on another image."""
         try:
             return self.view(image, place, out)
         except QatError as error:
-            raise QatError(f"{self.folder / self.paths[place]}: {error}") from None
+            raise QatError(f"{self.source.path(int(self.chosen[place]))}: {error}") from None
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -175,3 +188,22 @@ class Loader(DataLoader[Batch]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Ignore the empty state."""
+
+
+def load(images: Images, workers: int, **batching: Any) -> Loader:
+    """Batches of images, decoded in workers.
+
+    Args:
+        images: what to load.
+        workers: processes that decode; PyTorch sets one thread in each.
+        **batching: sampler and size of a batch, as PyTorch's loader takes them.
+    """
+    return Loader(
+        images,
+        num_workers=workers,
+        collate_fn=as_it_is,  # type: ignore[arg-type]
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # otherwise every loader advances the global generator by one number
+        **batching,
+    )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from qat.data.batch_size import DEFAULT_BATCH_SIZE
-from qat.data.check import at_least, given_crop_options, one_of
-from qat.data.crops import CropDistribution
+from qat.data.check import given_crop_options
+from qat.data.crops import Area, CropDistribution, Probability, Ratio
 from qat.errors import QatError
-from qat.preprocessing import INTERPOLATIONS
+from qat.preprocessing import Interpolation, check_partial
+from qat.ranges import Range, Seed, check_fields
+
+BatchSize = Annotated[int, Range(1, 10_000_000)]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,12 @@ class DataOptions:
     """Training crops, evaluation images and calibration images of a folder tree.
 
     Args:
-        root: folder that holds train/<class>/* and val/<class>/*.
+        root: folder that holds train/<class>/* and val/<class>/*, or train.tar and val.tar, or a Hugging Face data set
+            as hfds/PATH.
+        val_labels: file with the labels of validation images that lie in one folder; found by its usual names, such as
+            val.txt, when not given.
+        class_map: file with the label of every class folder: one class per line in the format of timm, .csv or .json.
+        classes: what some folders of ImageNet are: auto, classes among all 1,000; folders, all classes of the model.
         images: folder of images to predict, searched recursively; root/val when not given.
         global_batch_size: crops per optimizer step over all processes. It equals processes x batch_size x
             trainer.accumulate_grad_batches, of which the one that is not given is computed.
@@ -39,35 +47,37 @@ class DataOptions:
         train_interpolation: how training crops are resized: nearest, bilinear or bicubic.
         preprocessing: fields of the model's preprocessing (size, resize, interpolation, mean, std).
         workers: processes that decode images, per training process; as many as cores, at most 8, when not given.
+        exif_orientation: turn images as the orientation in their EXIF says. When not given, only predict does so: no
+            published result was measured on turned images.
         on_bad_image: what happens to an image that cannot be read: error stops the run, skip leaves it out and warns.
         seed: fixes the order of images and the crops; seed_everything, or 0, when not given.
     """
 
     root: Path | None = None
+    val_labels: Path | None = None
+    class_map: Path | None = None
+    classes: Literal["auto", "folders"] = "auto"
     images: Path | None = None
-    global_batch_size: int | None = None
-    batch_size: int | None = None
-    val_batch_size: int | None = None
-    crops_per_image: int = 1
-    crop_epochs: int = 300
+    global_batch_size: BatchSize | None = None
+    batch_size: BatchSize | None = None
+    val_batch_size: BatchSize | None = None
+    crops_per_image: Annotated[int, Range(1, 65535)] = 1
+    crop_epochs: Annotated[int, Range(1, 100_000)] = 300
     softlabels: Path | None = None
     softlabels_partial: bool = False
-    crop_scale: tuple[float, float] | None = None
-    crop_ratio: tuple[float, float] | None = None
-    flip: float | None = None
-    train_interpolation: str = "bilinear"
+    crop_scale: tuple[Area, Area] | None = None
+    crop_ratio: tuple[Ratio, Ratio] | None = None
+    flip: Probability | None = None
+    train_interpolation: Interpolation = "bilinear"
     preprocessing: dict[str, Any] | None = None
-    workers: int | None = None
+    workers: Annotated[int, Range(0, 1024)] | None = None
+    exif_orientation: bool | None = None
     on_bad_image: Literal["error", "skip"] = "error"
-    seed: int | None = None
+    seed: Seed | None = None
 
     def __post_init__(self) -> None:
-        for name, lowest in (("global_batch_size", 1), ("batch_size", 1), ("val_batch_size", 1), ("crops_per_image", 1),
-                             ("crop_epochs", 1), ("workers", 0), ("seed", 0)):  # fmt: skip
-            if (value := getattr(self, name)) is not None:
-                at_least(name, value, lowest)
-        one_of("train_interpolation", self.train_interpolation, INTERPOLATIONS)
-        one_of("on_bad_image", self.on_bad_image, ("error", "skip"))
+        check_fields(self, "data.")
+        check_partial(self.preprocessing or {}, "data.preprocessing.")
         CropDistribution(**self.given_crop_options)
         sizes = {"batch_size": self.batch_size, "global_batch_size": self.global_batch_size}
         if self.batch_size is None and self.global_batch_size is None:

@@ -40,8 +40,11 @@ def shuffled(images: int, seed: int, epoch: int, rank: int = 0, world_size: int 
 def batches_done(resumed: Mapping[str, Any], epoch: int, now: Mapping[str, Any]) -> int:
     """Batches of pass ``epoch`` that were finished before the run was resumed.
 
+    Nothing of a pass that was finished is left to do in another order, so it does not matter what has changed since.
+
     Args:
-        resumed: state of the checkpoint: the pass, its finished batches, and everything their order depended on.
+        resumed: state of the checkpoint: the pass, its finished batches, whether these are all, and everything that
+            their order depended on.
         epoch: the pass that begins.
         now: everything that the order depends on in this run.
 
@@ -50,6 +53,8 @@ def batches_done(resumed: Mapping[str, Any], epoch: int, now: Mapping[str, Any])
     """
     if epoch != resumed["epoch"] or not resumed["batches"]:
         return 0
+    if _is_finished(resumed):
+        return batches_per_pass(now["images"], now["batch_size"], [now["crops"]], now["processes"])[0]
     for name, value in now.items():
         if (then := resumed.get(name, value)) != value:
             raise QatError(
@@ -58,6 +63,17 @@ def batches_done(resumed: Mapping[str, Any], epoch: int, now: Mapping[str, Any])
             )
     done: int = resumed["batches"]
     return done
+
+
+def _is_finished(resumed: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written at the end of a pass; older ones do not say so."""
+    if "finished" in resumed:
+        return bool(resumed["finished"])
+    sizes = ("images", "batch_size", "crops", "processes")
+    if not all(name in resumed for name in sizes):
+        return False
+    images, batch_size, crops, processes = (resumed[name] for name in sizes)
+    return bool(resumed["batches"] >= batches_per_pass(images, batch_size, [crops], processes)[0])
 
 
 class ResumableBatchSampler(Sampler[list[int]]):

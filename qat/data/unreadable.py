@@ -24,9 +24,13 @@ class UnreadableImages:
     def __init__(self, skip: bool) -> None:
         self.skip = skip
         self.counts: Counter[str] = Counter()
+        self._noted = False
 
     def report(self, batch: Batch) -> Batch:
         """Return the batch; QatError for an image that stops the run."""
+        if batch.notes and not self._noted:  # said once: a folder may hold many of a kind
+            log.warning("%s; this is not said of other images", batch.notes[0])
+            self._noted = True
         if batch.fatal:
             raise QatError(batch.fatal)
         if batch.bad and not self.skip:

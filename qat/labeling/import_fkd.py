@@ -1,7 +1,7 @@
 """Imports the soft labels of FKD, which are a file per image, into one store (docs/softlabels.md).
 
 qat import-fkd LABELS --data.root /path/to/imagenet --teacher tf_efficientnet_l2.ns_jft_in1k_475
-       --label_type marginal_smoothing_k5 --trust_pickles true --out labels.h5
+       --label_type marginal_smoothing_k5 --out labels.h5
 
 LABELS holds imagenet/train/<class>/<image>.tar, train/<class>/<image>.tar or <class>/<image>.tar. Every image of
 data.root/train needs its file. A run that was stopped continues when it is started again with the same options.
@@ -13,20 +13,25 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from qat.data.crops import CropDistribution
-from qat.data.folder import class_names, find_images
+from qat.data.crops import Area, CropDistribution, Probability, Ratio
 from qat.data.softlabels.fkd import LabelFolder, class_folder
 from qat.data.softlabels.fkd_label_types import LABEL_TYPES
+from qat.data.softlabels.locking import only_maker
 from qat.data.softlabels.opening import open_store
 from qat.data.softlabels.store import Header, sha256_of
 from qat.data.softlabels.writer import Writer
-from qat.labeling.plan import SPLIT, Folder, check_out, prepare
-from qat.preprocessing import Preprocessing
+from qat.data.source import Source
+from qat.labeling.output import check_out, prepare
+from qat.labeling.plan import SPLIT, Folder
+from qat.labeling.report import Report, how_far
+from qat.preprocessing import Deviation, Interpolation, Mean, Preprocessing
 from qat.progress import Progress
+from qat.ranges import Range, check_fields
+from qat.runs.stop import Stopped, defer, deferred, raise_if_told
 
 log = logging.getLogger(__name__)
 UNKNOWN: dict[str, Any] = {
@@ -47,7 +52,7 @@ class Options:
         teacher: name of the model that made the labels.
         label_type: kind of labels in the files.
         out: file to write; an unfinished one is continued if it was begun with the same options.
-        trust_pickles: read files that could run code; only for files of people you trust.
+        trust_pickles: also read files of more than arrays, which could run code; only for people you trust.
         teacher_input_size: side of the crops that the teacher saw, pixels.
         interpolation: how they were resized: nearest, bilinear or bicubic.
         mean: mean that the teacher's input was normalized with, per channel.
@@ -67,16 +72,18 @@ class Options:
     ]  # fmt: skip
     out: Path
     trust_pickles: bool = False
-    teacher_input_size: int = 475
-    interpolation: str = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    temperature: float = 1.0
-    crop_scale: tuple[float, float] = (0.08, 0.936)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    teacher_input_size: Annotated[int, Range(1, 4096)] = 475
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[Mean, Mean, Mean] = (0.485, 0.456, 0.406)
+    std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
+    temperature: Annotated[float, Range(above=0, high=1_000_000)] = 1.0
+    crop_scale: tuple[Area, Area] = (0.08, 0.936)
+    crop_ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
+    flip: Probability = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self, "")
+        CropDistribution(self.crop_scale, self.crop_ratio, self.flip)
         check_out(self.out)
 
     def header(self, crops: int, paths: Sequence[str], classes: Sequence[str]) -> Header:
@@ -111,20 +118,32 @@ def import_fkd(options: Options) -> None:
     Raises:
         QatError: bad options, or a label file that is missing, damaged or of another kind.
     """
-    folder = options.data.root / SPLIT
-    paths, classes = find_images(folder), class_names(folder)
+    images, classes = options.data.source, options.data.class_names
+    paths = images.names
     base = class_folder(options.labels, classes)
     source = LabelFolder(base, LABEL_TYPES[options.label_type], len(classes), options.trust_pickles)
     source.check(paths)
     crops = source.crops(paths[0])
     if source.is_half(paths[0]):
         log.warning("boxes in half precision: those of large images can be a pixel off (docs/softlabels.md)")
-    source.read(paths[0], folder / paths[0], crops)  # finds a wrong label_type before a store is created
-    prepare(options.out, options.header(crops, paths, classes), paths, classes)
-    with open_store(options.out) as file:
+    source.read(paths[0], images.open(0), crops)  # finds a wrong label_type before a store is created
+    with only_maker(options.out):
+        prepare(options.out, options.header(crops, paths, classes), paths, classes, options.data.targets)
+        report = Report(options.out, options.data.root)
+        try:
+            with deferred():
+                defer()
+                _import(options.out, source, images, crops)
+        except Stopped as stopped:
+            raise Stopped(stopped.signum, how_far(options.out)) from None
+        report.end()
+
+
+def _import(out: Path, source: LabelFolder, images: Source, crops: int) -> None:
+    with open_store(out) as file:
         todo = np.flatnonzero(file["done"][:] == 0).tolist()
-    with Writer(options.out) as writer, Progress("images", len(todo)) as progress:
+    with Writer(out) as writer, Progress("images", len(todo)) as progress:
         for index in todo:
-            writer.put(index, source.read(paths[index], folder / paths[index], crops))
+            writer.put(index, source.read(images.names[index], images.open(index), crops))
             progress.advance(1)
-    log.info("%s: all %d images have labels, %.1f MB", options.out, len(paths), options.out.stat().st_size / 1e6)
+            raise_if_told()

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qat.data.check import cores
-from qat.data.folder import class_names
+from qat.data.softlabels.locking import only_maker
 from qat.data.softlabels.opening import open_store
 from qat.data.softlabels.store import ImageLabels
 from qat.data.softlabels.teacher_batches import (
@@ -32,11 +33,15 @@ from qat.data.softlabels.teacher_batches import (
     images_per_block,
 )
 from qat.data.softlabels.writer import Writer
+from qat.data.worker import leave_signals_to_the_main_process
 from qat.errors import QatError, first_line
-from qat.labeling.plan import SPLIT, Options, Plan, sha256_of_weights
+from qat.labeling.plan import Options, Plan, sha256_of_weights
+from qat.labeling.processes import Processes
+from qat.labeling.report import Report, how_far
 from qat.models import default_preprocessing
 from qat.progress import Progress
 from qat.runs.process import first_process
+from qat.runs.stop import Stopped, defer, deferred
 from qat.training.teacher import Teacher, build_teacher
 
 log = logging.getLogger(__name__)
@@ -50,25 +55,36 @@ def make_softlabels(options: Options) -> None:
         QatError: bad input, found before the teacher sees an image, or an image or a label that cannot be used.
     """
     default_preprocessing(options.teacher)  # finds an unknown teacher before its weights are read
-    classes = class_names(options.data.root / SPLIT)
+    classes = options.data.class_names
     precision = _precision(options)
     fabric = _fabric(options, precision)
-    teacher = build_teacher(options.teacher, options.teacher_checkpoint, len(classes), classes, "teacher")
-    plan = Plan(options, teacher.preprocessing, sha256_of_weights(teacher.model), precision)
-    if first_process():
-        plan.prepare()
-    fabric.launch()
+    with only_maker(options.out) if first_process() else nullcontext():
+        teacher = build_teacher(options.teacher, options.teacher_checkpoint, len(classes), classes, "teacher")
+        plan = Plan(options, teacher.preprocessing, sha256_of_weights(teacher.model), precision, fabric.world_size)
+        if first_process():
+            plan.prepare()
+        with deferred():
+            defer()
+            fabric.launch()
+            _make(Processes(fabric), fabric, teacher, plan)
+
+
+def _make(processes: Processes, fabric: Fabric, teacher: Teacher, plan: Plan) -> None:
+    """Label the images in all processes, and bring their labels together; where one fails, all end."""
     try:
-        fabric.barrier()
-        _label_share(fabric, teacher, plan)
-        fabric.barrier()
+        processes.wait_for_all()
+        report = Report(plan.options.out, plan.options.data.root)
+        _label_share(fabric, teacher, plan, processes)
+        processes.wait_for_all()
+        if fabric.is_global_zero:
+            plan.merge_parts()
+            report.end()
+    except Stopped as stopped:
+        processes.end()
+        raise Stopped(stopped.signum, how_far(plan.options.out)) from None
     except BaseException:
-        for process in getattr(fabric.strategy.launcher, "procs", ()):  # of the other devices; their labels are kept
-            process.terminate()
+        processes.end()
         raise
-    if fabric.is_global_zero:
-        plan.merge_parts()
-        _report(plan)
 
 
 def _precision(options: Options) -> str:
@@ -83,7 +99,7 @@ def _fabric(options: Options, precision: str) -> Fabric:
     """One process per device; QatError for devices that do not exist."""
     alone = options.num_nodes == 1 and str(options.devices) == "1"
     try:
-        return Fabric(
+        fabric = Fabric(
             accelerator=options.accelerator,
             strategy="auto" if alone else DDPStrategy(process_group_backend="gloo", timeout=PATIENCE),
             devices=options.devices,
@@ -92,9 +108,15 @@ def _fabric(options: Options, precision: str) -> Fabric:
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise QatError(f"accelerator {options.accelerator}, devices {options.devices}: {first_line(error)}") from None
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) not in (1, fabric.world_size):
+        raise QatError(
+            f"devices is {options.devices} and num_nodes {options.num_nodes}, but {started} processes were started: "
+            "give the devices of each node and the number of nodes that they were started on"
+        )
+    return fabric
 
 
-def _label_share(fabric: Fabric, teacher: Teacher, plan: Plan) -> None:
+def _label_share(fabric: Fabric, teacher: Teacher, plan: Plan, processes: Processes) -> None:
     """Label the share of this process: every n-th of the blocks in which an image has no labels."""
     options = plan.options
     with open_store(options.out) as file:
@@ -104,31 +126,33 @@ def _label_share(fabric: Fabric, teacher: Teacher, plan: Plan) -> None:
     own = options.out if fabric.world_size == 1 else plan.part(fabric.global_rank)
     if own != options.out:
         plan.create(own)
-    sizes = [len(images_of_block(block, len(plan.paths), options.crops, options.batch_size)) for block in mine]
+    sizes = [len(images_of_block(block, len(plan.source), options.crops, options.batch_size)) for block in mine]
     share = f" (process {fabric.global_rank + 1} of {fabric.world_size})" if fabric.world_size > 1 else ""
     batches = iter(_loader(plan, mine, fabric.device.type == "cuda"))  # forks before the file is open and locked
     with (
         Writer(own, options.flush_seconds) as writer,
         Progress(f"images{share}", sum(sizes), fabric.is_global_zero) as progress,
     ):
-        for image, labels in _labeled(fabric, teacher, plan, batches):
+        for image, labels in _labeled(fabric, teacher, plan, batches, processes):
             if missing[image.number]:
                 _put(plan, image, labels, writer)
             progress.advance(1)
 
 
 def _labeled(
-    fabric: Fabric, teacher: Teacher, plan: Plan, batches: Iterator[TeacherBatch]
+    fabric: Fabric, teacher: Teacher, plan: Plan, batches: Iterator[TeacherBatch], processes: Processes
 ) -> Iterator[tuple[CroppedImage, Tensor]]:
-    """Yield every image with its labels (M, 2, k): classes and probabilities, float32 on the CPU."""
-    parent = os.getppid()
+    """Yield every image with its labels (M, 2, k): classes and probabilities, float32 on the CPU.
+
+    Raises:
+        Stopped: this process was told to end; like `QatError` for another process that has ended, after every batch.
+    """
     incomplete: dict[int, list[Tensor]] = defaultdict(list)  # labels of blocks whose last batch is still to come
     for batch, labels in _forward(fabric, teacher, plan, batches):
         incomplete[batch.block].append(labels)
         if batch.images:
             yield from zip(batch.images, torch.cat(incomplete.pop(batch.block)).split(plan.options.crops), strict=True)
-        if fabric.global_rank and os.getppid() != parent:  # on Windows the number stays: end orphans by hand there
-            raise QatError("the process that started this one has ended; labels made so far are kept")
+        processes.check()
 
 
 def _forward(
@@ -174,12 +198,19 @@ def _loader(plan: Plan, todo: list[int], pin_memory: bool) -> DataLoader[Teacher
     options = plan.options
     seen = plan.preprocessing
     batches = TeacherBatches(
-        plan.folder, plan.paths, todo, options.crop_distribution, options.crops, options.batch_size, seen.size,
+        plan.source, todo, options.crop_distribution, options.crops, options.batch_size, seen.size,
         seen.interpolation, options.seed,
     )  # fmt: skip
     workers = min(cores(), 8) if options.workers is None else options.workers
     ahead = 1 if workers else None  # batches are large
-    return DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=ahead, pin_memory=pin_memory)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=ahead,
+        pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
 
 
 def _put(plan: Plan, image: CroppedImage, labels: Tensor, writer: Writer) -> None:
@@ -190,9 +221,11 @@ def _put(plan: Plan, image: CroppedImage, labels: Tensor, writer: Writer) -> Non
         log.warning("no labels for %s", image.bad)
         return
     if not torch.isfinite(labels).all():
+        way_out = "begin another file with precision bf16-mixed or 32-true"
+        if plan.precision == "32-true":
+            way_out = "check its weights, and whether the temperature is too small"
         raise QatError(
-            f"the teacher's output for {plan.folder / plan.paths[image.number]} is not finite in {plan.precision}: "
-            "begin another file with precision bf16-mixed or 32-true"
+            f"the teacher's output for {plan.source.path(image.number)} is not finite in {plan.precision}: {way_out}"
         )
     classes, probs = labels.unbind(1)
     writer.put(
@@ -205,13 +238,3 @@ def _put(plan: Plan, image: CroppedImage, labels: Tensor, writer: Writer) -> Non
             image.image_size,
         ),
     )
-
-
-def _report(plan: Plan) -> None:
-    with open_store(plan.options.out) as file:
-        done = int(file["done"][:].sum())
-    size = plan.options.out.stat().st_size
-    log.info("%s: %d of %d images have labels, %.1f MB", plan.options.out, done, len(plan.paths), size / 1e6)
-    if done < len(plan.paths):
-        log.warning("%d images have none: repair them and run again, or train with data.softlabels_partial true",
-                    len(plan.paths) - done)  # fmt: skip

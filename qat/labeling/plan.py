@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
-import qat
-from qat.data.crops import CropDistribution
-from qat.data.folder import class_names, find_images
-from qat.data.softlabels.opening import first_difference, names_in, open_store
-from qat.data.softlabels.store import Header, create, row_bytes, sha256_of
+from qat.data.classes import Tree
+from qat.data.crops import Area, CropDistribution, Probability, Ratio
+from qat.data.softlabels.store import Header, create, sha256_of
 from qat.data.softlabels.writer import FLUSH_SECONDS, absorb
-from qat.errors import QatError
+from qat.data.source import Source
+from qat.labeling.output import beside, check_out, parts_of, prepare, software
 from qat.preprocessing import Preprocessing
+from qat.ranges import Range, Seed, check_fields
 
 SPLIT = "train"
-OPTIONS = {  # attributes of a store whose options have other names
-    "num_crops": "crops",
-    "top_k": "topk",
-    "flip_p": "flip",
-    "teacher_sha256": "teacher_checkpoint",
-    "teacher_interpolation": "interpolation",
-}
 
 
 @dataclass(frozen=True)
@@ -39,10 +28,31 @@ class Folder:
     """The images.
 
     Args:
-        root: folder that holds train/<class>/*; all images of train are labeled.
+        root: folder that holds train/<class>/*, or train.tar, or hfds/PATH; all images of train are labeled.
+        class_map: file with the label of every class folder: one class per line in the format of timm, .csv or .json.
+        classes: auto gives some folders of ImageNet the labels of all 1,000 classes, folders gives them their own.
     """
 
     root: Path
+    class_map: Path | None = None
+    classes: Literal["auto", "folders"] = "auto"
+
+    @property
+    def source(self) -> Source:
+        """The images; QatError if there are none."""
+        return Tree(self.root).source(SPLIT)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The classes in the order of their labels; QatError if one of the images has none of them."""
+        classes = Tree(self.root, None, self.class_map, self.classes).number()
+        classes.of(self.source)
+        return classes.names
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """The label of every image."""
+        return Tree(self.root, None, self.class_map, self.classes).number().of(self.source)
 
 
 @dataclass(frozen=True)
@@ -78,29 +88,26 @@ class Options:
     teacher: str
     out: Path
     teacher_checkpoint: str = "pretrained"
-    crops: int = 500
-    topk: int = 5
+    crops: Annotated[int, Range(1, 65536)] = 500
+    topk: Annotated[int, Range(1, 65536)] = 5
     label_type: Literal["marginal_smoothing", "marginal_renorm", "hard"] = "marginal_smoothing"
-    temperature: float = 1.0
-    crop_scale: tuple[float, float] = (0.08, 0.936)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    seed: int = 0
-    batch_size: int = 128
+    temperature: Annotated[float, Range(above=0, high=1_000_000)] = 1.0
+    crop_scale: tuple[Area, Area] = (0.08, 0.936)
+    crop_ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
+    flip: Probability = 0.5
+    seed: Seed = 0
+    batch_size: Annotated[int, Range(1, 100_000)] = 128
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] | None = None
-    workers: int | None = None
+    workers: Annotated[int, Range(0, 1024)] | None = None
     on_bad_image: Literal["error", "skip"] = "error"
-    flush_seconds: float = FLUSH_SECONDS
+    flush_seconds: Annotated[float, Range(above=0, high=1_000_000)] = FLUSH_SECONDS
     accelerator: str = "auto"
     devices: int | str = "auto"
-    num_nodes: int = 1
+    num_nodes: Annotated[int, Range(1, 100_000)] = 1
 
     def __post_init__(self) -> None:
-        for name, lowest in (("crops", 1), ("batch_size", 1), ("seed", 0), ("num_nodes", 1), ("workers", 0)):
-            if (value := getattr(self, name)) is not None and value < lowest:
-                raise QatError(f"{name} is {value}: it must be at least {lowest}")
-        if not self.flush_seconds > 0:
-            raise QatError(f"flush_seconds is {self.flush_seconds}: it must be positive")
+        check_fields(self, "")
+        CropDistribution(self.crop_scale, self.crop_ratio, self.flip)
         check_out(self.out)
 
     @property
@@ -118,26 +125,23 @@ class Plan:
         preprocessing: what the teacher expects.
         teacher_sha256: hash of the teacher's weights.
         precision: precision of the teacher's forward passes.
+        processes: how many of them label.
     """
 
     options: Options
     preprocessing: Preprocessing
     teacher_sha256: str
     precision: str
+    processes: int = 1
 
     @property
-    def folder(self) -> Path:
-        """The folder that holds the class folders."""
-        return self.options.data.root / SPLIT
-
-    @property
-    def paths(self) -> Sequence[str]:
-        """The paths of the images, relative to the folder."""
-        return find_images(self.folder)
+    def source(self) -> Source:
+        """The images."""
+        return self.options.data.source
 
     def header(self) -> Header:
         """The header of the store; QatError for options that no store can have."""
-        options, seen, classes = self.options, self.preprocessing, class_names(self.folder)
+        options, seen, classes = self.options, self.preprocessing, self.options.data.class_names
         return Header(
             teacher=options.teacher,
             teacher_sha256=self.teacher_sha256,
@@ -158,17 +162,19 @@ class Plan:
             precision=self.precision,
             split=SPLIT,
             class_list_sha256=sha256_of(classes),
-            path_list_sha256=sha256_of(self.paths),
+            path_list_sha256=sha256_of(self.source.names),
         )
 
     def prepare(self) -> None:
         """Create the store, or continue one, with the parts that a killed run left; QatError for other options."""
-        prepare(self.options.out, self.header(), self.paths, class_names(self.folder))
+        data = self.options.data
+        prepare(self.options.out, self.header(), self.source.names, data.class_names, data.targets, self.processes)
         self.merge_parts()
 
     def create(self, path: Path) -> None:
         """Create an empty store for the labels of this plan."""
-        create(path, self.header(), self.paths, class_names(self.folder), software())
+        data = self.options.data
+        create(path, self.header(), self.source.names, data.class_names, software(), False, data.targets)
 
     def part(self, rank: int) -> Path:
         """The store that one of several processes writes."""
@@ -177,56 +183,10 @@ class Plan:
     def merge_parts(self) -> None:
         """Copy the labels of all processes into one store, also those that a killed run left."""
         out = self.options.out
-        for incomplete in _beside(out, r"(\.rank\d+)?\.new"):  # a process was killed while it created the file
+        for incomplete in beside(out, r"(\.rank\d+)?\.new"):  # a process was killed while it created the file
             incomplete.unlink()
-        for part in _beside(out, r"\.rank\d+"):
+        for part in parts_of(out):
             absorb(out, part)
-
-
-def _beside(out: Path, ending: str) -> list[Path]:
-    """Sorted files beside ``out`` whose name is that of ``out`` followed by a match of the expression ``ending``."""
-    return sorted(path for path in out.parent.iterdir() if re.fullmatch(re.escape(out.name) + ending, path.name))
-
-
-def check_out(out: Path) -> None:
-    """QatError for a file that cannot be written."""
-    if out.is_dir():
-        raise QatError(f"out is {out}, a folder: give the name of a file")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise QatError(f"out is {out}: there is no folder {out.parent} that can be written")
-
-
-def prepare(out: Path, header: Header, paths: Sequence[str], classes: Sequence[str]) -> None:
-    """Create a store, or check one that exists; an existing one without labels is created anew.
-
-    Raises:
-        QatError: the store has labels of other images or of other options, or the disk has too little space.
-    """
-    if not out.exists() or _is_empty(out):
-        needed, free = len(paths) * row_bytes(header), shutil.disk_usage(out.parent).free
-        if needed > free:
-            raise QatError(f"out is {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
-        create(out, header, paths, classes, software())
-    with open_store(out) as file:
-        stored = Header.from_attrs(file.attrs, out)
-        if stored.path_list_sha256 != header.path_list_sha256:
-            difference = first_difference(names_in(file, "path"), paths)
-            raise QatError(
-                f"out is {out}, whose labels were made on other images than those of data.root: {difference}"
-            )
-    pairs = [(field.name, getattr(stored, field.name), getattr(header, field.name)) for field in fields(Header)]
-    different = [f"{OPTIONS.get(name, name)} {theirs} -> {ours}" for name, theirs, ours in pairs if theirs != ours]
-    if different:
-        raise QatError(
-            f"out is {out}, which was begun with other options ({', '.join(different)}): "
-            "give those again to continue it, or give another file"
-        )
-
-
-def _is_empty(out: Path) -> bool:
-    """Whether neither the store nor a part that a process left has labels."""
-    with open_store(out) as file:
-        return not file["done"][:].any() and not _beside(out, r"\.rank\d+")
 
 
 def sha256_of_weights(model: nn.Module) -> str:
@@ -236,8 +196,3 @@ def sha256_of_weights(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def software() -> str:
-    """The versions that make a store, for information only."""
-    return f"qat {qat.__version__}, torch {torch.__version__}, timm {version('timm')}"

@@ -196,7 +196,7 @@ def test_prediction_reads_a_loose_folder_without_labels(root, tmp_path):
 def test_a_subset_of_imagenet_gets_the_labels_of_the_whole():
     data = module(IMAGENET)
     dataset = data.val_dataloader().dataset
-    index = next(i for i, path in enumerate(dataset.paths) if path.startswith("n02123045/"))
+    index = next(i for i, path in enumerate(dataset.source.names) if path.startswith("n02123045/"))
     assert data.num_classes == 1000
     assert dataset.__getitems__([index]).labels.tolist() == [281]
 
@@ -304,7 +304,7 @@ def test_a_batch_without_any_readable_image(root):
         ({"crop_epochs": 0}, "crop_epochs is 0"),
         ({"on_bad_image": "hide"}, "on_bad_image is 'hide'"),
         ({"train_interpolation": "cubic"}, "train_interpolation is 'cubic'"),
-        ({"crop_scale": (0.5, 2.0)}, "crop scale"),
+        ({"crop_scale": (0.5, 2.0)}, "data.crop_scale"),
     ],
 )
 def test_bad_settings_are_refused_when_the_module_is_made(options, message):
@@ -398,3 +398,56 @@ def test_a_trainer_that_keeps_its_loader_is_refused(root, tmp_path):
     data.trainer = None
     with pytest.raises(QatError, match="reload_dataloaders_every_n_epochs"):
         run.fit(Recorder(), datamodule=data)
+
+
+# ---- images and folders as people have them
+
+
+def test_an_animation_is_mentioned_once(root, caplog):
+    frames = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue")]
+    for name in ("moving", "again"):
+        frames[0].save(root / "val" / "a" / f"{name}.png", save_all=True, append_images=frames[1:])
+    data = module(root, training=False)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            transferred(data, data.val_dataloader())
+    (record,) = caplog.records
+    assert "a/again.png has 2 images, of which the first is used" in record.message
+
+
+def test_training_and_validation_turn_images_only_when_told_to(root):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for split in ("train", "val"):
+        path = root / split / "a" / "4.png"
+        with Image.open(path) as image:
+            image.convert("RGB").save(path, format="PNG", exif=exif)
+
+    def first(split: str, **options: object) -> torch.Tensor:
+        data = module(root, **options)
+        dataset = (data.train_dataloader() if split == "train" else data.val_dataloader()).dataset
+        return dataset.__getitems__([dataset.source.names.index("a/4.png")]).images
+
+    turned = first("val", exif_orientation=True)
+    assert torch.equal(first("val"), first("val", exif_orientation=False))
+    assert not torch.equal(turned, first("val"))
+    assert not torch.equal(first("train"), first("train", exif_orientation=True))
+
+
+def test_validation_images_in_one_folder_have_the_labels_of_their_file(root):
+    lines = []
+    for path in sorted((root / "val").glob("*/*")):
+        lines.append(f"{path.name} {'ab'.index(path.parent.name)}")
+        path.rename(root / "val" / path.name)
+    for folder in ("a", "b"):
+        (root / "val" / folder).rmdir()
+    (root / "val.txt").write_text("\n".join(lines))
+    (batch,) = module(root, val_batch_size=VAL).val_dataloader()
+    assert batch.paths == tuple(f"{i}.png" for i in range(VAL))
+    assert batch.labels.tolist() == [i % 2 for i in range(VAL)]
+
+
+def test_labels_follow_the_classes_of_the_model(root):
+    data = ImageNetDataModule(DataOptions(root=root, batch_size=4, workers=0, preprocessing=PREPROCESSING), "zba")
+    assert data.classes == ["z", "b", "a"]
+    assert data.val_dataloader().dataset.__getitems__([0]).labels.tolist() == [2]

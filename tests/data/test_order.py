@@ -39,3 +39,14 @@ def test_a_pass_is_resumed_only_in_the_order_that_it_began_with():
     assert batches_done(resumed, 2, {"batch_size": 8}) == 0
     with pytest.raises(QatError, match=r"batch_size is 8, but the checkpoint was written in the middle .* with 4"):
         batches_done(resumed, 1, {"batch_size": 8})
+
+
+def test_a_finished_pass_may_have_had_other_batches():
+    now = {"images": 7, "batch_size": 8, "crops": 1, "processes": 1, "seed": 1}
+    then = {"epoch": 1, "batches": 4, "images": 8, "batch_size": 4, "crops": 2, "processes": 1, "seed": 0}
+    assert batches_done(then | {"finished": True}, 1, now) == 1  # all of them
+    assert batches_done(then, 1, now) == 1  # an older checkpoint, with all of its batches
+    with pytest.raises(QatError, match="middle of a pass"):
+        batches_done(then | {"batches": 3}, 1, now)
+    with pytest.raises(QatError, match="middle of a pass"):
+        batches_done(then | {"finished": False}, 1, now)

@@ -45,12 +45,14 @@ def test_the_table_pairs_every_file_with_the_first(tmp_path, capsys):
     assert any("w4a4" in line and "75.0 +- 49.0" in line and "-25.0 +- 49.0" in line for line in lines)
 
 
-def test_files_that_cannot_be_compared_end_in_one_line(tmp_path):
+def test_files_that_cannot_be_compared_end_in_one_line(tmp_path, capsys):
     a = write(tmp_path / "a.csv", {"ant/0.png": "ant"})
     other = write(tmp_path / "b.csv", {"ant/1.png": "ant"})
     (tmp_path / "c.csv").write_text("x,y\n1,2\n")
     (tmp_path / "empty.csv").touch()
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00path")
+    (tmp_path / "short.csv").write_text("path,class_1\nant/0.png\n")
+    (tmp_path / "twice.csv").write_text("path,class_1\nant/0.png,ant\nant/0.png,bee\n")
     no_rows = write(tmp_path / "no_rows.csv", {})
     for path, message in (
         (other, "has other images than"),
@@ -58,12 +60,14 @@ def test_files_that_cannot_be_compared_end_in_one_line(tmp_path):
         (tmp_path / "empty.csv", "no columns path and class_1"),
         (tmp_path / "binary.csv", "cannot read"),
         (no_rows, "holds no predictions"),
+        (tmp_path / "short.csv", "has a line without path or class: 'ant/0.png'"),
+        (tmp_path / "twice.csv", "has 'ant/0.png' twice"),
         (tmp_path / "missing.csv", "cannot read"),
         (tmp_path, "cannot read"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            compare.main([str(a), str(path)])
-        line = str(stop.value.code)
-        assert line.startswith("error: ")
+        assert compare.main([str(a), str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("compare: error: ")
         assert message in line
-        assert "\n" not in line
+    assert compare.main([]) == 2
+    assert "the following arguments are required: predictions" in capsys.readouterr().err

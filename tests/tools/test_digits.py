@@ -102,10 +102,14 @@ def test_an_empty_folder_is_filled_from_the_command_line(tmp_path, monkeypatch):
     assert digits.is_complete(tmp_path)
 
 
-def test_without_scikit_learn_the_command_says_so_in_one_line(tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert digits.main([str(tmp_path / "file")]) == 2
+    assert "exists and is not a finished digits folder" in capsys.readouterr().err
+    assert digits.main([str(tmp_path / "file" / "digits")]) == 2
+    assert "error: [Errno " in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(SystemExit) as stopped:
-        digits.main([str(tmp_path / "digits")])
-    message = str(stopped.value.code)
-    assert "pip install 'qat[demo]'" in message
-    assert "\n" not in message
+    assert digits.main([str(tmp_path / "digits")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("digits: error: ")
+    assert "pip install 'qat[demo]'" in line

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from qat.data.classes import forget_listings
 from qat.data.crops import CropDistribution, draw
 from qat.data.decode import decode
 from qat.data.folder import find_images
 from qat.data.softlabels.fkd import LabelFolder
 from qat.data.softlabels.reader import SoftLabels
 from qat.data.softlabels.replay import ReplayView
+from qat.data.source import Source
 from qat.data.streams import rng_for
 from tests.conftest import CLASSES, write_images
 from tools.import_fkd import main
@@ -67,7 +69,7 @@ def test_a_set_is_imported_and_replayed(layout, dtype, command, data, tmp_path):
     made = write_labels(tmp_path / "set" / layout, data, dtype)
     assert command() == (0, "")
     labels, paths = SoftLabels(tmp_path / "out.h5"), find_images(data / "train")
-    labels.check_images(data / "train", paths, CLASSES)
+    labels.check_images(Source(data / "train", paths), CLASSES)
     labels.check_finished(partial=False)
     header = labels.header
     assert (header.teacher, header.num_crops, header.top_k, header.label_type) == ("l2", M, 1, "marginal_smoothing")
@@ -134,13 +136,23 @@ def test_a_restart_with_other_options_is_refused(command, data, tmp_path):
     assert code == 2
     assert "teacher_input_size 475 -> 300, interpolation bicubic -> bilinear" in error
     (data / "train/cat/0.png").unlink()
-    find_images.cache_clear()
+    forget_listings()
     assert "labels were made on other images than those of data.root: first, 'cat/x.y.z.png' is here" in command()[1]
-    find_images.cache_clear()
+    forget_listings()
 
 
-def test_nothing_is_read_without_trust(command, data, tmp_path):
+def test_files_of_arrays_need_no_trust(command, data, tmp_path, caplog):
     write_labels(tmp_path / "set", data)
+    with caplog.at_level("INFO"):
+        assert command(trust="false") == (0, "")
+    assert "6 of 6 images have labels, 6 of them made now in 0:00:00" in caplog.messages[-2]
+    out, root = tmp_path / "out.h5", tmp_path / "data"
+    assert caplog.messages[-1] == f"next: qat fit --config CONFIG --data.root {root} --data.softlabels {out}"
+
+
+def test_files_of_other_things_are_not_read_without_trust(command, data, tmp_path):
+    write_labels(tmp_path / "set", data)
+    torch.save([Path("a")], tmp_path / "set/ant/0.tar")
     code, error = command(trust="false")
     assert code == 2
     assert "can run code" in error
@@ -155,7 +167,7 @@ def test_what_does_not_fit_is_refused_before_there_is_a_store(command, data, tmp
         "its labels are (12, 2), expected (12, 2, 5): give the label_type" in command(label_type="marginal_renorm")[1]
     )
     assert "label_type" in command(label_type="other")[1]
-    assert "interpolation is 'nope'" in command("--interpolation", "nope")[1]
+    assert "nope" in command("--interpolation", "nope")[1]
     assert "crop scale is (0.5, 0.1)" in command("--crop_scale", "[0.5,0.1]")[1]
     assert "there is no folder" in command("--out", str(tmp_path / "none/out.h5"))[1]
     (tmp_path / "set/cat/0.tar").unlink()

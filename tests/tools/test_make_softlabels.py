@@ -103,7 +103,7 @@ def test_a_killed_run_of_two_processes_is_finished_by_one_to_the_same_bytes(
     assert len([next(halted) for _ in range(2)]) == 2
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert len(list(out.parent.iterdir())) == 3  # the store, and a part of each process
+    assert len(list(out.parent.iterdir())) == 4  # the store, its lock, and a part of each process
     (out.parent / "l[1].h5.rank2.new").write_bytes(b"killed while it was created")
     (out.parent / "l[1].h5.mine").write_bytes(b"of somebody else")
     done = sum(int(SoftLabels(path).done.sum()) for path in out.parent.glob("*[0-9]") if path != out)
@@ -165,14 +165,15 @@ def test_other_images_are_refused_by_the_first_that_differs(
         ({"topk": 4}, r"topk is 4: choose 1\.\.3"),
         ({"label_type": "hard"}, "hard labels are one class"),
         ({"crops": 0}, "crops is 0"),
+        ({"crops": 65_537}, "crops is 65537: give an integer from 1 to"),
         ({"out": "/nowhere/labels.h5"}, "there is no folder /nowhere"),
         ({"out": "/tmp"}, "out is /tmp, a folder"),
         ({"crop": 3}, "crop"),
-        ({"flush_seconds": 0}, "flush_seconds is 0.0: it must be positive"),
+        ({"flush_seconds": 0}, "flush_seconds is 0.0: give a number above 0"),
         ({"precision": "16-true"}, "precision"),
         ({"precision": "16-mixed"}, "16-mixed, which needs a GPU"),
         ({"accelerator": "abacus"}, "accelerator abacus, devices 1: "),
-        ({"crop_scale": "[0.5,2.0]"}, "crop scale is"),
+        ({"crop_scale": "[0.5,2.0]"}, "crop_scale is"),
     ],
     ids=str,
 )
@@ -198,6 +199,14 @@ def test_an_unreadable_image_stops_the_work_or_is_left_out(
     broken.write_bytes(good)
     assert main(label_options(root, ckpt, out)) == 0
     assert out.read_bytes() == softlabels.read_bytes()
+
+
+def test_an_output_that_is_not_finite_is_refused_with_the_image(
+    images: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, *label_options(images, ckpt, tmp_path / "labels.h5", temperature=1e-44))
+    assert f"the teacher's output for {images / 'train/ant/0.png'} is not finite in 32-true: check its weights" in line
+    assert not SoftLabels(tmp_path / "labels.h5").done.any()
 
 
 def test_options_come_from_a_file_too(images: Path, ckpt: Path, softlabels: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ def test_a_curve_has_the_steps_at_which_its_column_was_logged(tmp_path):
 @pytest.mark.parametrize("metrics", [METRICS, "step,train/loss\n0,2.0\n"], ids=["validated", "not validated yet"])
 def test_a_picture_is_written(metrics, tmp_path):
     folder = run_folder(tmp_path, metrics)
-    plot_runs.main([str(folder), "--out", str(tmp_path / "curves.png")])
+    assert plot_runs.main([str(folder), "--out", str(tmp_path / "curves.png")]) == 0
     assert Image.open(tmp_path / "curves.png").size == (1100, 396)  # 10 x 3.6 inches at 110 dots
 
 
@@ -44,18 +46,33 @@ def test_a_picture_is_written(metrics, tmp_path):
         ("step,val/top1\n1,50.0\n", "metrics.csv has no training loss yet"),
         ("train/loss\n2.0\n", "cannot read .*metrics.csv: "),
         ("step,train/loss\n0,abc\n", "cannot read .*metrics.csv: "),
+        ("train/loss,step\n2.0\n", "cannot read .*metrics.csv: "),
     ],
-    ids=["missing", "empty", "no rows", "no loss", "no steps", "no number"],
+    ids=["missing", "empty", "no rows", "no loss", "no steps", "no number", "short row"],
 )
-def test_a_run_that_cannot_be_drawn_ends_in_one_line(metrics, message, tmp_path):
+def test_a_run_that_cannot_be_drawn_ends_in_one_line(metrics, message, tmp_path, capsys):
     folder = run_folder(tmp_path, metrics)
-    with pytest.raises(SystemExit, match=f"error: .*{message}") as stop:
-        plot_runs.main([str(folder), "--out", str(tmp_path / "curves.png")])
-    assert "\n" not in str(stop.value.code)
+    assert plot_runs.main([str(folder), "--out", str(tmp_path / "curves.png")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"plot_runs: error: .*{message}", line)
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_a_picture_that_cannot_be_written_ends_in_one_line(tmp_path):
+def test_a_picture_that_cannot_be_written_ends_in_one_line(tmp_path, capsys):
     folder = run_folder(tmp_path, METRICS)
-    with pytest.raises(SystemExit, match=r"error: .*No such file or directory"):
-        plot_runs.main([str(folder), "--out", str(tmp_path / "none" / "curves.png")])
+    for out, message in (
+        ("none/curves.png", "No such file or directory"),
+        ("curves.xyz", "Format 'xyz' is not supported"),
+        (".", "a folder: give the name of a file"),
+    ):
+        assert plot_runs.main([str(folder), "--out", str(tmp_path / out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("plot_runs: error: ")
+        assert message in line
+
+
+def test_without_matplotlib_one_line_names_the_extra(tmp_path, monkeypatch, capsys):
+    folder = run_folder(tmp_path, METRICS)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot_runs.main([str(folder), "--out", str(tmp_path / "curves.png")]) == 2
+    assert "pip install 'qat[demo]'" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qat.data.classes import forget_listings
 from qat.data.crops import Crop, CropDistribution, draw, replay
 from qat.data.decode import decode
 from qat.data.folder import class_names, find_images, wnids
@@ -140,9 +141,9 @@ def test_a_store_of_other_images_is_refused(command, root):
     Image.new("RGB", (30, 20)).save(root / "train/ant/0.png")
     assert "30 x 20 pixels, but its soft labels were made on 44 x 40" in command(store)[1]
     (root / "train/ant/0.png").rename(root / "train/ant/2.png")
-    find_images.cache_clear()
+    forget_listings()
     assert "was made on other images" in command(store)[1]
-    find_images.cache_clear()
+    forget_listings()
 
 
 def test_an_image_that_cannot_be_read_is_named(command, root):

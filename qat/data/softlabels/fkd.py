@@ -8,20 +8,20 @@ three arrays: boxes (M, 4) as top / H, left / W, height / H, width / W in float3
 from __future__ import annotations
 
 import os
+import re
 import warnings
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
-from qat.data.decode import reason
+from qat.data.decode import reason, size_of
 from qat.data.softlabels.fkd_label_types import Array, LabelType
 from qat.data.softlabels.store import LARGEST, ImageLabels
 from qat.errors import QatError, first_line
@@ -61,15 +61,20 @@ def pixel_boxes(fractions: Array, height: int, width: int) -> npt.NDArray[np.uin
     return np.concatenate([low, high - low], 1).astype(np.uint16)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """H and W, read from the first bytes of an image file; QatError if it cannot be read."""
+def image_size(file: Path | BinaryIO, name: str = "") -> tuple[int, int]:
+    """H and W, read from the first bytes of an image file, or of its content; QatError if it cannot be read.
+
+    Args:
+        file: the file, or its content.
+        name: what an error calls it; its path when empty.
+    """
+    name = name or str(file)
     try:
-        with Image.open(path) as image:
-            width, height = image.size
+        width, height = size_of(file)
     except Exception as error:  # Pillow has no common base
-        raise QatError(f"cannot read {path}: {reason(error)}; repair it and run again") from None
+        raise QatError(f"cannot read {name}: {reason(error)}; repair it and run again") from None
     if max(height, width) > LARGEST:
-        raise QatError(f"{path} has {width} x {height} pixels: sides can have at most {LARGEST}")
+        raise QatError(f"{name} has {width} x {height} pixels: sides can have at most {LARGEST}")
     return height, width
 
 
@@ -119,18 +124,18 @@ class LabelFolder:
         """Whether the boxes of an image are in half precision."""
         return self._read(self.file(path))[0].dtype == np.float16
 
-    def read(self, path: str, image: Path, crops: int) -> ImageLabels:
+    def read(self, path: str, image: Path | BinaryIO, crops: int) -> ImageLabels:
         """The labels of an image.
 
         Args:
             path: <class>/<name> of the image.
-            image: the image file, for its size.
+            image: the image file, or its content, for its size.
             crops: M, which every label file must have.
 
         Raises:
             QatError: the label file or the image cannot be used; it is named.
         """
-        file, size = self.file(path), image_size(image)
+        file, size = self.file(path), image_size(image, path)
         fractions, flips, labels = self._read(file)
         try:
             if len(fractions) != crops:
@@ -144,7 +149,7 @@ class LabelFolder:
         content = load(file, self.trust_pickles)
         try:
             fractions, flips, labels = (np.asarray(part) for part in content)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise QatError(f"{file} holds no list of boxes, flips and labels: is it a label file of FKD?") from None
         crops = len(labels) if labels.ndim else 0
         right = crops and fractions.shape == (crops, 4) and fractions.dtype.kind == "f" and flips.shape == (crops,)
@@ -170,22 +175,39 @@ def load(file: Path, trust_pickles: bool) -> Any:
 
     Args:
         file: to read.
-        trust_pickles: also read a file that could run code.
+        trust_pickles: also read a file that could run code; one of arrays and tensors cannot.
 
     Raises:
         QatError: the file is damaged, or could run code and is not trusted.
     """
+    if not file.is_file():
+        raise QatError(f"cannot read {file}: it is not a file; labels imported so far are kept")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_arrays()):
             warnings.simplefilter("ignore")  # about the pickle protocol
             return torch.load(file, map_location="cpu", weights_only=not trust_pickles)
     except Exception as error:  # a damaged pickle can raise anything
-        if not trust_pickles and ("GLOBAL" in str(error) or (file.is_file() and zipfile.is_zipfile(file))):
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named and not trust_pickles:
             raise QatError(
-                f"{file} is a pickle of more than tensors, and reading such a file can run code that someone put into "
-                "it: set trust_pickles true if you trust whoever made these files"
+                f"{file} is a pickle of more than arrays and tensors, it names {named[1]}: "
+                "reading it can run code that someone put into it; set trust_pickles true if you trust whoever made it"
             ) from None
+        why = (
+            "it is no pickle that can be read without trust_pickles"
+            if "Weights only" in str(error)
+            else first_line(error)
+        )
         raise QatError(
-            f"cannot read {file}, it may be damaged or incomplete ({first_line(error)}): replace it and run again; "
-            "labels imported so far are kept"
+            f"cannot read {file}, it may be damaged or incomplete ({why}): replace it and run again; labels imported "
+            "so far are kept"
         ) from None
+
+
+@cache
+def _arrays() -> list[Any]:
+    """What a pickle of arrays of numbers names, under the names of all versions of NumPy; none of it runs code."""
+    makers: list[Any] = [np.zeros(0).__reduce__()[0], np.float32(0).__reduce__()[0]]
+    rooms = ("numpy.core.multiarray", "numpy._core.multiarray")
+    types = [type(np.dtype(letter)) for letter in "?bBhHiIlLqQefd"]
+    return [np.ndarray, np.dtype, *types, *((make, f"{room}.{make.__name__}") for make in makers for room in rooms)]

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qat.data.softlabels.store import HARD, MARGINAL_RENORM, MARGINAL_SMOOTHING
+from qat.data.softlabels.store import HARD, HIGHEST_SUM, MARGINAL_RENORM, MARGINAL_SMOOTHING
 from qat.errors import QatError
 
-HIGHEST_SUM = 1.01  # of probabilities; rounding to half precision exceeds 1 by less
 HALF_EXACT = 2048  # half precision represents every integer up to this one
 
 Array = npt.NDArray[Any]

@@ -18,11 +18,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from qat.data.folder import find_images
-from qat.data.softlabels.opening import first_difference, names_in, open_store
+from qat.data.decode import decode
+from qat.data.softlabels.opening import check_lists, first_difference, names_in, open_store
 from qat.data.softlabels.store import Header, ImageLabels, sha256_of
+from qat.data.source import Source
 from qat.errors import QatError
 
 COMPARED = 8  # images whose size is compared before training starts
@@ -60,13 +60,13 @@ class SoftLabels:
 
     @classmethod
     def of(
-        cls, path: Path, folder: Path, classes: Sequence[str], crop_options: Mapping[str, object], partial: bool
+        cls, path: Path, source: Source, classes: Sequence[str], crop_options: Mapping[str, object], partial: bool
     ) -> SoftLabels:
         """Open a store and check that it fits the images to train on.
 
         Args:
             path: the store.
-            folder: root/train, which holds the images.
+            source: the training images.
             classes: class names in the order of their labels.
             crop_options: those of scale, ratio and flip that were given; they must be those of the store.
             partial: accept an unfinished store.
@@ -76,7 +76,7 @@ class SoftLabels:
         """
         labels = cls(path)
         labels.check_crop_options(crop_options)
-        labels.check_images(folder, find_images(folder), classes)
+        labels.check_images(source, classes)
         labels.check_finished(partial)
         return labels
 
@@ -115,24 +115,25 @@ class SoftLabels:
                 raise QatError(f"{self.path} is another file than when training began")
         return self._file
 
-    def check_images(self, folder: Path, paths: Sequence[str], classes: Sequence[str]) -> None:
+    def check_images(self, source: Source, classes: Sequence[str]) -> None:
         """QatError, with the first difference, unless the labels were made on these images and classes."""
+        paths = source.names
         with open_store(self.path) as file:
+            check_lists(file, self.path)
             if sha256_of(classes) != self.header.class_list_sha256:
                 raise QatError(
                     f"{self.path} was made on other classes: {first_difference(names_in(file, 'class_name'), classes)}"
                 )
             if sha256_of(paths) != self.header.path_list_sha256:
                 difference = first_difference(names_in(file, "path"), paths)
-                raise QatError(f"{self.path} was made on other images than those of {folder}: {difference}")
+                raise QatError(f"{self.path} was made on other images than those of {source.place}: {difference}")
         finished = np.flatnonzero(self.done)
         for index in finished[:: max(1, len(finished) // COMPARED)]:
             try:
-                with Image.open(folder / paths[index]) as image:
-                    size = (image.height, image.width)
+                _, height, width = decode(source.open(index)).shape
             except Exception:  # an unreadable image is reported when its turn comes
                 continue
-            check_size(self.read(index).image_size, size, f"{folder / paths[index]}: ")
+            check_size(self.read(index).image_size, (height, width), f"{source.path(index)}: ")
 
     def check_finished(self, partial: bool) -> None:
         """QatError for a store in which labels are missing, unless ``partial`` and there are some."""

@@ -6,22 +6,25 @@ Shapes: N images, M crops of each, k stored classes per crop, C classes.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
 from qat.data.crops import Crop
+from qat.data.softlabels.rows import Place, RowFile, not_written, places
 from qat.errors import QatError
+from qat.ranges import Range, check_fields
 
 FORMAT, VERSION = "qat-softlabels", 1
 MARGINAL_SMOOTHING, MARGINAL_RENORM, HARD = LABEL_TYPES = ("marginal_smoothing", "marginal_renorm", "hard")
 LARGEST = 65535  # coordinate, image side or class number that a store can hold
+HIGHEST_SUM = 1.01  # of probabilities; rounding to half precision exceeds 1 by less
+METADATA = 2**16  # bytes; all that HDF5 itself writes into a store is less
 LIBVER = ("earliest", "v108")  # newer formats mark a file as open for writing; after a kill it could not be opened
 ENCODING = {"box_encoding": "pixel_tlhw_u16", "value_encoding": "f16_bits_u16", "flip_encoding": "bits_little_u8"}
 
@@ -36,15 +39,15 @@ class Header:
 
     teacher: str
     teacher_sha256: str  # hash of the weights
-    teacher_input_size: int
+    teacher_input_size: Annotated[int, Range(1)]
     teacher_interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    temperature: float
+    temperature: Annotated[float, Range(above=0)]
     label_type: str
-    top_k: int
-    num_crops: int
-    num_classes: int
+    top_k: Annotated[int, Range(1)]
+    num_crops: Annotated[int, Range(1, LARGEST + 1)]
+    num_classes: Annotated[int, Range(1, LARGEST + 1)]
     crop_scale: tuple[float, ...]
     crop_ratio: tuple[float, ...]
     flip_p: float
@@ -56,18 +59,13 @@ class Header:
     path_list_sha256: str
 
     def __post_init__(self) -> None:
+        check_fields(self, "attribute ")
         if self.label_type not in LABEL_TYPES:
             raise QatError(f"label_type is {self.label_type!r}: choose from {LABEL_TYPES}")
-        if not 1 <= self.top_k <= self.num_classes:
+        if self.top_k > self.num_classes:
             raise QatError(f"topk is {self.top_k}: choose 1..{self.num_classes}, the number of classes")
         if self.label_type == HARD and self.top_k != 1:
             raise QatError(f"topk is {self.top_k}: hard labels are one class, so topk is 1")
-        if self.num_crops < 1 or self.num_classes > LARGEST + 1:
-            raise QatError(
-                f"crops is {self.num_crops}, classes {self.num_classes}: at least 1, and at most {LARGEST + 1}"
-            )
-        if not self.temperature > 0:
-            raise QatError(f"temperature is {self.temperature}: it must be positive")
 
     def to_attrs(self) -> dict[str, Any]:
         """The header as HDF5 attributes, by name."""
@@ -87,11 +85,14 @@ class Header:
             raise QatError(f"{source} lacks the attribute {missing[0]!r} of a store of soft labels")
         if wrong := [name for name, value in ENCODING.items() if attrs[name] != value]:
             raise QatError(f"{source}: {wrong[0]} is {attrs[wrong[0]]!r}, only {ENCODING[wrong[0]]!r} can be read")
-        return cls(**{field.name: _plain(attrs[field.name]) for field in fields(cls)})
+        try:
+            return cls(**{field.name: _plain(attrs[field.name]) for field in fields(cls)})
+        except QatError as error:
+            raise QatError(f"{source} is damaged: {error}") from None
 
 
 def _plain(value: Any) -> Any:
-    return tuple(float(v) for v in value) if isinstance(value, np.ndarray) else getattr(value, "item", lambda: value)()
+    return tuple(value.tolist()) if isinstance(value, np.ndarray) else getattr(value, "item", lambda: value)()
 
 
 class ImageLabels(NamedTuple):
@@ -114,13 +115,22 @@ class ImageLabels(NamedTuple):
         return [Crop(top, left, height, width, flip) for (top, left, height, width), flip in boxes]
 
     def check(self, num_classes: int) -> None:
-        """QatError for values that no writer makes: an empty box or one that leaves the image, an unknown class."""
+        """QatError for values that no writer makes.
+
+        These are an empty box or one that leaves the image, an unknown class or one that a crop has twice, and
+        probabilities that are none or whose sum is above 1 by more than rounding.
+        """
         height, width = self.image_size
         boxes = self.boxes.tolist()  # a few boxes are compared faster as Python numbers
         inside = all(h > 0 and w > 0 and top + h <= height and left + w <= width for top, left, h, w in boxes)
         probable = ((self.probs >= 0) & (self.probs <= 1)).all() and (self.probs[:, 0] > 0).all()  # False for NaN
         if not inside or not probable or (self.classes >= num_classes).any():
             raise QatError("its soft labels are damaged: a box, a class or a probability is impossible")
+        if (self.probs.sum(1, dtype=np.float32) > HIGHEST_SUM).any():
+            raise QatError("its soft labels are damaged: the probabilities of a crop sum to more than 1")
+        ordered = np.sort(self.classes, 1)
+        if (ordered[:, 1:] == ordered[:, :-1]).any():
+            raise QatError("its soft labels are damaged: a crop has the same class twice")
 
 
 def layout(header: Header, images: int, width: int, class_width: int) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -153,31 +163,75 @@ def row_bytes(header: Header) -> int:
     return header.num_crops * 2 * (4 + 2 * header.top_k) + -(-header.num_crops // 8)
 
 
-def create(path: Path, header: Header, paths: Sequence[str], classes: Sequence[str], software: str) -> None:
-    """Write a store without labels, with space for all of them; ``path`` appears only when the file is complete."""
+def create(
+    path: Path,
+    header: Header,
+    paths: Sequence[str],
+    classes: Sequence[str],
+    software: str,
+    reserve: bool = True,
+    targets: Sequence[int] | None = None,
+) -> None:
+    """Write a store without labels; ``path`` appears only when the file is complete.
+
+    Args:
+        path: the file.
+        header: how the labels will be made.
+        paths: of the images, ``class/file``.
+        classes: names of the classes, in the order of their numbers.
+        software: the versions that make the store.
+        reserve: take the space for all labels now. Otherwise rows that do not exist yet are holes in the file.
+        targets: number of the class of every image; that of its folder when None.
+
+    Raises:
+        QatError: the disk is full, or a name cannot be stored.
+    """
     names, class_names = _utf8(paths), _utf8(classes)
-    number = {name: i for i, name in enumerate(classes)}
+    if targets is None:
+        number = {name: i for i, name in enumerate(classes)}
+        targets = [number[path.partition("/")[0]] for path in paths]
     values = {
-        "target": np.array([number[path.partition("/")[0]] for path in paths], np.uint16),
+        "target": np.array(targets, np.uint16),
         "path": names,
         "class_name": class_names,
         "done": np.zeros(len(paths), np.uint8),
     }
+    part = path.with_name(f"{path.name}.new")
+    try:
+        part.write_bytes(bytes(METADATA))  # HDF5 crashes where there is no space for what it writes
+        with RowFile(part, {}) as file:
+            file.sync()
+        with RowFile(part, _lay_out(part, header, len(paths), names, class_names, software)) as file:
+            if reserve:
+                file.reserve()
+            for name, rows in values.items():
+                file.write(name, 0, rows)
+            file.sync()
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # h5py raises either
+        raise not_written(path, error) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _lay_out(
+    part: Path,
+    header: Header,
+    images: int,
+    names: npt.NDArray[np.bytes_],
+    class_names: npt.NDArray[np.bytes_],
+    software: str,
+) -> dict[str, Place]:
+    """Create a file with the attributes and data sets of a store, all values holes; returns where the data sets lie."""
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # a row written later moves nothing else in the file
-    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # rows that do not exist yet are holes
-    part = path.with_name(f"{path.name}.new")
-    part.unlink(missing_ok=True)
+    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     with h5py.File(part, "w", libver=LIBVER) as file:
         file.attrs.update({"format": FORMAT, "version": VERSION, "software": software, **ENCODING, **header.to_attrs()})
-        sizes = layout(header, len(paths), names.dtype.itemsize, class_names.dtype.itemsize)
+        sizes = layout(header, images, names.dtype.itemsize, class_names.dtype.itemsize)
         for name, (shape, dtype) in sizes.items():
-            data = file.create_dataset(name, shape, dtype, dcpl=early)
-            if name in values:
-                data[...] = values[name]
-        file.flush()
-        sync(file)
-    part.replace(path)
+            file.create_dataset(name, shape, dtype, dcpl=early)
+        return places(file)
 
 
 def _utf8(names: Sequence[str]) -> npt.NDArray[np.bytes_]:
@@ -187,9 +241,3 @@ def _utf8(names: Sequence[str]) -> npt.NDArray[np.bytes_]:
     except UnicodeEncodeError as error:
         raise QatError(f"the name {error.object!a} cannot be stored because it is not UTF-8: rename it") from None
     return np.array(content, h5py.string_dtype("utf-8", max(map(len, content))))
-
-
-def sync(file: h5py.File) -> None:
-    """Wait until everything that was flushed is on the disk; on Windows HDF5 has no descriptor to wait for."""
-    if os.name != "nt":
-        os.fsync(file.id.get_vfd_handle())

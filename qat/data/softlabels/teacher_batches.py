@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from qat.data.crops import Crop, CropDistribution, draw, replay
 from qat.data.decode import decode, new_images, reason
 from qat.data.softlabels.store import LARGEST
+from qat.data.source import Source
 from qat.data.streams import rng_for
 
 
@@ -44,8 +44,7 @@ class TeacherBatches(IterableDataset[TeacherBatch]):
     """Yields the batches of the given blocks, in order; the workers of a loader share the blocks.
 
     Args:
-        folder: folder that the paths are relative to.
-        paths: all images.
+        source: all images.
         blocks: numbers of the blocks to yield.
         distribution: of the crops.
         num_crops: M.
@@ -55,8 +54,7 @@ class TeacherBatches(IterableDataset[TeacherBatch]):
         seed: fixes the crops, together with the number of the image.
     """
 
-    folder: Path
-    paths: Sequence[str]
+    source: Source
     blocks: Sequence[int]
     distribution: CropDistribution
     num_crops: int
@@ -73,7 +71,7 @@ class TeacherBatches(IterableDataset[TeacherBatch]):
 
     def batches(self, block: int) -> Iterator[TeacherBatch]:
         """Yield the batches of one block; crops are resized when their batch is made."""
-        numbers = images_of_block(block, len(self.paths), self.num_crops, self.batch_size)
+        numbers = images_of_block(block, len(self.source), self.num_crops, self.batch_size)
         images = [self._image(number) for number in numbers]
         crops = [(pixels, crop) for pixels, drawn, _ in images for crop in drawn]
         for start in range(0, len(crops), self.batch_size):
@@ -86,13 +84,13 @@ class TeacherBatches(IterableDataset[TeacherBatch]):
 
     def _image(self, number: int) -> tuple[Tensor, list[Crop], CroppedImage]:
         """The pixels uint8 (3, H, W) of an image, its crops, and the record of both."""
-        path, bad = self.folder / self.paths[number], ""
+        bad = ""
         try:
-            pixels = decode(path)
+            pixels = decode(self.source.open(number))
             if max(pixels.shape) > LARGEST:
                 raise ValueError(f"{pixels.shape[2]} x {pixels.shape[1]} pixels, sides can have at most {LARGEST}")
         except Exception as error:  # Pillow has no common base
-            pixels, bad = torch.zeros(3, 8, 8, dtype=torch.uint8), f"{path}: {reason(error)}"
+            pixels, bad = torch.zeros(3, 8, 8, dtype=torch.uint8), f"{self.source.path(number)}: {reason(error)}"
         _, height, width = pixels.shape
         rng = rng_for(self.seed, 0, number)
         drawn = [draw(self.distribution, height, width, rng) for _ in range(self.num_crops)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -10,9 +11,11 @@ from types import TracebackType
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
 from qat.data.softlabels.opening import open_store
-from qat.data.softlabels.store import Header, ImageLabels, sync
+from qat.data.softlabels.rows import RowFile, not_written, places
+from qat.data.softlabels.store import Header, ImageLabels
 from qat.errors import QatError
 
 FLUSH_SECONDS = 30.0
@@ -32,14 +35,15 @@ class Writer:
 
     def __init__(self, path: Path, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.path = path
-        self._file = open_store(path, "r+")
-        self._ended = False  # no more labels will come
+        self._file = open_store(path, "r+")  # nothing is written through HDF5; its lock keeps others away
         self._done = self._file["done"][:]
+        self._rows = RowFile(path, places(self._file))
+        self._ended = False  # no more labels will come
         self._every = flush_seconds
         self._queue: Queue[tuple[int, ImageLabels] | None] = Queue(
             _rows_at_once(self._file)
         )  # when it is full, the teacher waits
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._thread = Thread(target=self._work, name="soft labels", daemon=True)
         self._thread.start()
 
@@ -52,6 +56,7 @@ class Writer:
         """Write and flush everything that was handed over; QatError if that fails."""
         self._queue.put(None)
         self._thread.join()
+        self._rows.close()
         self._file.close()
         self._raise()
 
@@ -65,38 +70,48 @@ class Writer:
 
     def _raise(self) -> None:
         if self._error is not None:
-            raise QatError(f"cannot write {self.path}: {self._error}") from self._error
+            raise not_written(self.path, self._error) from self._error
 
     def _work(self) -> None:
         try:
             while not self._ended:
                 self._write_until(time.monotonic() + self._every)
-        except BaseException as error:  # raised again in `put` and `close`
+        except Exception as error:  # raised again in `put` and `close`
             self._error = error
             while not self._ended:  # empty the queue, so that `put` does not wait for ever
                 self._ended = self._queue.get() is None
 
     def _write_until(self, due: float) -> None:
-        """Write the labels that arrive before the time ``due``, and flush them."""
+        """Write the labels that arrive before the time ``due``, and flush them, also when the disk becomes full."""
         written: list[int] = []
-        while not self._ended and (left := due - time.monotonic()) > 0:
-            try:
-                item = self._queue.get(timeout=left)
-            except Empty:
-                break
-            if item is None:
-                self._ended = True
-                continue
-            index, labels = item
-            self._file["crops"][index], self._file["flip"][index] = labels.packed()
-            self._file["image_size"][index] = labels.image_size
-            written.append(index)
-        if written:
-            _flush(self._file)
-            self._done[written] = 1
-            low, high = min(written), max(written) + 1
-            self._file["done"][low:high] = self._done[low:high]
-            _flush(self._file)
+        try:
+            while not self._ended and (left := due - time.monotonic()) > 0:
+                try:
+                    item = self._queue.get(timeout=left)
+                except Empty:
+                    break
+                if item is None:
+                    self._ended = True
+                    continue
+                self._write(*item)
+                written.append(item[0])
+        finally:
+            if written:
+                self._mark(written)
+
+    def _write(self, index: int, labels: ImageLabels) -> None:
+        crops, flips = labels.packed()
+        self._rows.write("crops", index, crops[None])
+        self._rows.write("flip", index, flips[None])
+        self._rows.write("image_size", index, np.array([labels.image_size], np.uint16))
+
+    def _mark(self, written: list[int]) -> None:
+        """Mark images as done, once their labels are on the disk."""
+        self._rows.sync()
+        self._done[written] = 1
+        low, high = min(written), max(written) + 1
+        self._rows.write("done", low, self._done[low:high])
+        self._rows.sync()
 
 
 def _rows_at_once(file: h5py.File) -> int:
@@ -105,30 +120,41 @@ def _rows_at_once(file: h5py.File) -> int:
     return max(1, min(1024, AT_ONCE // (2 * int(crops) * int(columns))))
 
 
-def _flush(file: h5py.File) -> None:
-    file.flush()
-    sync(file)
-
-
 def absorb(path: Path, part: Path) -> None:
     """Copy the finished rows of the store ``part`` that the store ``path`` lacks, then remove ``part``.
 
     Raises:
-        QatError: the two stores have different headers.
+        QatError: the two stores have different headers, or the disk is full; ``part`` is kept then.
     """
     with open_store(path, "r+") as file, open_store(part) as source:
         if Header.from_attrs(file.attrs, path) != Header.from_attrs(source.attrs, part):
             raise QatError(f"{part} was made with other options than {path}: remove one of them")
-        new = source["done"][:].astype(bool) & ~file["done"][:].astype(bool)
-        for low in range(0, len(new), run := _rows_at_once(file)):
-            rows = slice(low, low + run)
-            if not new[rows].any():
-                continue
-            for name in ("crops", "flip", "image_size"):
-                both = file[name][rows]
-                both[new[rows]] = source[name][rows][new[rows]]
-                file[name][rows] = both
-        _flush(file)
-        file["done"][...] = (file["done"][:].astype(bool) | new).astype(np.uint8)
-        _flush(file)
+        done = file["done"][:].astype(bool)
+        new = source["done"][:].astype(bool) & ~done
+        try:
+            with RowFile(path, places(file)) as rows:
+                _copy(source, rows, new, _rows_at_once(file))
+                rows.sync()
+                rows.write("done", 0, (done | new).astype(np.uint8))
+                rows.sync()
+        except OSError as error:
+            raise not_written(path, error) from None
     part.unlink()
+
+
+def _copy(source: h5py.File, rows: RowFile, chosen: npt.NDArray[np.bool_], at_once: int) -> None:
+    """Copy the rows ``chosen`` (N,) of all labels, reading so many rows at once."""
+    for low in range(0, len(chosen), at_once):
+        some = chosen[low : low + at_once]
+        if not some.any():
+            continue
+        for name in ("crops", "flip", "image_size"):
+            content = source[name][low : low + at_once]
+            for run in _runs(some):
+                rows.write(name, low + run.start, content[run])
+
+
+def _runs(chosen: npt.NDArray[np.bool_]) -> Iterator[slice]:
+    """The longest slices in which every element is true."""
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)).tolist()
+    return (slice(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True))

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.functional import resized_crop
 
 from qat.data.crops import CropDistribution, draw
-from qat.data.softlabels.fkd import LabelFolder, class_folder, image_size, load, pixel_boxes
+from qat.data.softlabels.fkd import LabelFolder, class_folder, image_size, pixel_boxes
 from qat.data.softlabels.fkd_label_types import LABEL_TYPES
 from qat.data.softlabels.replay import recover
 from qat.data.softlabels.store import Header
@@ -177,35 +177,6 @@ def test_a_file_of_other_content_is_refused(change, message, folder, tmp_path):
         folder(change(*content("marginal_smoothing_k5")), "marginal_smoothing_k5")
     assert str(caught.value).startswith(f"{tmp_path / 'labels/ant/0.tar'}")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_is_read_only_when_trusted(protocol, tmp_path):
-    file = tmp_path / "0.tar"
-    torch.save(content("hard"), file, pickle_protocol=protocol)
-    with pytest.raises(QatError, match=r"can run code .* trust_pickles true") as caught:
-        load(file, trust_pickles=False)
-    assert "\n" not in str(caught.value)
-    assert np.array_equal(load(file, trust_pickles=True)[0], content("hard")[0])
-
-
-def test_tensors_need_no_trust(folder):
-    found = folder([torch.from_numpy(part) for part in content("smoothing")], "smoothing", trust=False)
-    assert found.classes.tolist() == [[3]] * 3
-
-
-@pytest.mark.parametrize("trust", [True, False])
-def test_a_damaged_or_missing_file_is_refused(trust, tmp_path):
-    file = tmp_path / "0.tar"
-    torch.save(content("hard"), file)
-    for damage in (file.read_bytes()[:-200], b"no pickle", b""):
-        file.write_bytes(damage)
-        with pytest.raises(QatError, match=f"cannot read {file}, .* replace it and run again") as caught:
-            load(file, trust)
-        assert "\n" not in str(caught.value)
-    file.unlink()
-    with pytest.raises(QatError, match=f"cannot read {file}"):
-        load(file, trust)
 
 
 @pytest.mark.parametrize("layout", ["imagenet/train", "train", "."])

@@ -7,11 +7,13 @@ import os
 import pickle
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
 from qat.data.softlabels.reader import SoftLabels
+from qat.data.source import Source
 from qat.errors import QatError
 from tests.data.softlabels.stores import CLASSES, PATHS, header, labels_of, write
 
@@ -86,7 +88,7 @@ def test_a_file_that_became_shorter_is_noticed(labels: SoftLabels) -> None:
 
 
 def test_labels_of_these_images_are_accepted(labels: SoftLabels, folder: Path) -> None:
-    labels.check_images(folder, PATHS, CLASSES)
+    labels.check_images(Source(folder, PATHS), CLASSES)
     labels.check_finished(False)
     labels.check_crop_options({"scale": (0.08, 0.936), "flip": 0.5})
     assert str(labels).startswith("deit_tiny_patch16_224, 11 crops, top 2 of 3, ")
@@ -99,15 +101,22 @@ def test_labels_of_other_images_or_classes_are_refused_with_the_first_difference
     with pytest.raises(
         QatError, match=r"on other images than those of .*train: first, 'a/new.JPEG' is here .* 'a/é*3.JPEG'"
     ):
-        labels.check_images(folder, other, CLASSES)
+        labels.check_images(Source(folder, other), CLASSES)
     with pytest.raises(QatError, match=r"made on other classes: first, 'd' is here where the labels have 'c'"):
-        labels.check_images(folder, PATHS, ["a", "b", "d"])
+        labels.check_images(Source(folder, PATHS), ["a", "b", "d"])
+
+
+def test_a_store_that_was_reordered_is_refused(labels: SoftLabels, folder: Path) -> None:
+    with h5py.File(labels.path, "r+") as file:
+        file["path"][:2] = file["path"][:2][::-1]
+    with pytest.raises(QatError, match=r"labels\.h5 is damaged: its list 'path' has other names, or another order"):
+        labels.check_images(Source(folder, PATHS), CLASSES)
 
 
 def test_the_same_names_with_other_pixels_are_refused(labels: SoftLabels, folder: Path) -> None:
     Image.new("RGB", (22, 20)).save(folder / PATHS[0])
     with pytest.raises(QatError, match=r"0.JPEG: 22 x 20 pixels, but its soft labels were made on 44 x 40"):
-        labels.check_images(folder, PATHS, CLASSES)
+        labels.check_images(Source(folder, PATHS), CLASSES)
 
 
 @pytest.mark.parametrize(

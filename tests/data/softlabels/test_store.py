@@ -1,18 +1,15 @@
-"""The format of the store, read as another program would read it, and what is refused."""
+"""The format of the store, read as another program would read it, and labels that cannot be."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from qat.data.softlabels import opening
-from qat.data.softlabels.opening import first_difference, open_store
+from qat.data.softlabels.opening import open_store
 from qat.data.softlabels.store import Header, create, row_bytes, sha256_of
 from qat.errors import QatError
 from tests.data.softlabels.stores import CLASSES, PATHS, header, labels_of, write
@@ -88,11 +85,13 @@ def test_it_is_in_the_old_format_that_can_be_opened_after_a_kill(store: Path) ->
     ("changes", "message"),
     [
         ({"label_type": "soft"}, "label_type is 'soft': choose from"),
-        ({"top_k": 0}, r"topk is 0: choose 1\.\.3"),
+        ({"top_k": 0}, "attribute top_k is 0: give an integer of at least 1"),
         ({"top_k": 4}, r"topk is 4: choose 1\.\.3"),
         ({"label_type": "hard", "top_k": 2}, "topk is 2: hard labels are one class"),
-        ({"num_crops": 0}, "crops is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0: it must be positive"),
+        ({"num_crops": 0}, "num_crops is 0"),
+        ({"temperature": 0.0}, "attribute temperature is 0.0: give a number above 0"),
+        ({"num_crops": 65537}, "attribute num_crops is 65537: give an integer from 1 to"),
+        ({"teacher": 3}, "attribute teacher is 3: give text"),
     ],
 )
 def test_labels_that_cannot_be_are_refused(changes, message: str) -> None:
@@ -100,101 +99,29 @@ def test_labels_that_cannot_be_are_refused(changes, message: str) -> None:
         header(**changes)
 
 
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 100)
-
-
-def cut_in_half(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def not_hdf5(path: Path) -> None:
-    path.write_text("labels")
-
-
-def foreign(path: Path) -> None:
-    path.unlink()
-    with h5py.File(path, "w") as file:
-        file["images"] = np.zeros(3)
-
-
-def newer(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        file.attrs["version"] = 2
-
-
-def without_seed(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        del file.attrs["seed"]
-
-
-def other_encoding(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        file.attrs["value_encoding"] = "bf16"
-
-
-def without_flips(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        del file["flip"]
-
-
-def other_shape(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        del file["flip"]
-        file["flip"] = np.zeros((10, 3), np.uint8)
-
-
-def compressed(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        crops = file["crops"][:]
-        del file["crops"]
-        file.create_dataset("crops", data=crops, compression="gzip")
-
-
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("part", "value", "message"),
     [
-        (Path.unlink, "no soft labels .*labels.h5: qat make-softlabels makes them"),
-        (truncate, "cannot read the soft labels .*labels.h5: it is cut off"),
-        (cut_in_half, "it is cut off"),
-        (not_hdf5, "cannot read the soft labels .*labels.h5"),
-        (foreign, "is not a store of soft labels: its attribute 'format' is None"),
-        (newer, "has version 2 of the format, this version of qat reads 1"),
-        (without_seed, "lacks the attribute 'seed'"),
-        (other_encoding, "value_encoding is 'bf16', only 'f16_bits_u16'"),
-        (without_flips, "lacks the data set 'flip'"),
-        (other_shape, r"flip is uint8 \(10, 3\), expected uint8 \(10, 2\)"),
-        (compressed, "crops is not contiguous; copy it with h5repack -l CONTI"),
+        ("boxes", (0, 0, 41, 3), "a box, a class or a probability is impossible"),
+        ("boxes", (0, 0, 0, 3), "a box, a class or a probability is impossible"),
+        ("classes", (1, 3), "a box, a class or a probability is impossible"),
+        ("classes", (1, 1), "a crop has the same class twice"),
+        ("probs", (0.8, np.nan), "a box, a class or a probability is impossible"),
+        ("probs", (1.1, 0), "a box, a class or a probability is impossible"),
+        ("probs", (0.9, 0.2), "the probabilities of a crop sum to more than 1"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_another_file_is_refused_with_the_reason(store: Path, spoil, message: str) -> None:
-    spoil(store)
+def test_labels_that_no_writer_makes_are_refused(part: str, value: tuple[float, ...], message: str) -> None:
+    labels = labels_of(0, header())
+    labels.check(3)
+    getattr(labels, part)[4] = value
     with pytest.raises(QatError, match=message):
-        open_store(store)
+        labels.check(3)
 
 
-def test_a_store_that_is_being_written_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "LOCK_SECONDS", 0.1)
-    code = "import sys, h5py; file = h5py.File(sys.argv[1], 'r+'); print('locked', flush=True); sys.stdin.read()"
-    words = [sys.executable, "-c", code, str(store)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
-        with pytest.raises(QatError, match="is being written by another process"):
-            opening.open_store(store)
-        process.communicate()
-    opening.open_store(store).close()
-
-
-@pytest.mark.parametrize(
-    ("stored", "given", "words"),
-    [
-        (["a", "b"], ["a", "c"], "'c' is here where the labels have 'b'"),
-        (["a"], ["a", "b"], "'b' is here where the labels have nothing"),
-        (["a", "b"], ["a"], "nothing is here where the labels have 'b'"),
-        (["a"], ["a"], "the stored hash is wrong"),
-    ],
-)
-def test_the_first_difference_is_named(stored, given, words: str) -> None:
-    assert words in first_difference(stored, given)
+def test_sums_that_half_precision_brings_above_1_are_no_error() -> None:
+    labels = labels_of(0, header(top_k=3))
+    probs = np.float16([0.3335, 0.3335, 0.3335])
+    assert probs.sum(dtype=np.float64) > 1
+    labels.probs[:] = probs
+    labels.check(3)

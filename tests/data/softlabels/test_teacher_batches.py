@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from qat.data.crops import CropDistribution, draw, replay
 from qat.data.decode import decode
 from qat.data.softlabels.teacher_batches import TeacherBatch, TeacherBatches, images_of_block
+from qat.data.source import Source
 from qat.data.streams import rng_for
 
 CROPS = CropDistribution((0.2, 0.9))
@@ -27,7 +28,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def teacher_batches(folder: Path, numbers: list[int], crops: int, batch_size: int) -> TeacherBatches:
-    return TeacherBatches(folder, [f"{i}.png" for i in range(5)], numbers, CROPS, crops, batch_size, 8, "bicubic", 3)
+    source = Source(folder, [f"{i}.png" for i in range(5)])
+    return TeacherBatches(source, numbers, CROPS, crops, batch_size, 8, "bicubic", 3)
 
 
 @pytest.mark.parametrize(
