@@ -31,6 +31,8 @@ class QuantLinear(nn.Module):
         weight_cuts, input_cuts: axis and groups of further granularities that only the parent knows (heads).
     """
 
+    input_name = "input_quant"
+
     def __init__(
         self, linear: nn.Linear, site: SiteBuilder, weight_cuts: Cuts | None = None, input_cuts: Cuts | None = None
     ) -> None:
@@ -42,33 +44,58 @@ class QuantLinear(nn.Module):
             self.register_buffer("bias", linear.weight.detach().new_zeros(self.out_features))
         else:
             self.bias = linear.bias
-        self.input_quant = site.activation("input_quant", channel=(-1, self.in_features), **(input_cuts or {}))
+        self.add_input_site(site, {"channel": (-1, self.in_features), **(input_cuts or {})})
         self.weight_quant = site.weight("weight_quant", channel=(0, self.out_features), **(weight_cuts or {}))
         self.output_quant = site.activation("output_quant", channel=(-1, self.out_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
-        x = recompute_operands(self._linear, (self.input_quant, x), (self.weight_quant, self.weight))
+    def add_input_site(self, site: SiteBuilder, cuts: Cuts) -> None:
+        """Register the site called `input_name`."""
+        self.input_quant = site.activation("input_quant", **cuts)
+
+    @property
+    def input_site(self) -> nn.Module:
+        """The site called `input_name`."""
+        return self.input_quant
+
+    def forward(self, x: Tensor, more_bias: Tensor | None = None) -> Tensor:
+        """(..., I) to (..., O); ``more_bias`` (O,) is added to the bias."""
+        linear = partial(F.linear, bias=self.bias if more_bias is None else self.bias + more_bias)
+        x = recompute_operands(linear, (self.input_site, x), (self.weight_quant, self.weight))
         out: Tensor = self.output_quant(x)
         return out
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Fill in zeros for a bias that is missing, unless a zero point may have been folded into it."""
-        if self.born_bias and f"{prefix}input_quant.zero_point" not in state_dict:
+        if self.born_bias and f"{prefix}{self.input_name}.zero_point" not in state_dict:
             state_dict.setdefault(f"{prefix}bias", torch.zeros_like(self.bias))
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
 
     def products(self) -> list[Product]:
         """Rows of the input (..., I) with the weight (O, I)."""
         matrices = Matrices(same, same, (None, 0), lambda x: x.flatten(0, -2), lambda x: 1, self.weight)
-        return [Product("input_quant", "weight_quant", lambda shape: prod(shape) * self.out_features, matrices)]
+        return [Product(self.input_name, "weight_quant", lambda shape: prod(shape) * self.out_features, matrices)]
 
     def extra_repr(self) -> str:
         """Inputs and outputs, for ``print(model)``."""
         return f"{self.in_features} -> {self.out_features}"
+
+
+class QuantGatedLinear(QuantLinear):
+    """A linear layer that reads the product of a gate and a value.
+
+    That product has both signs, so its site is ``gated.input_quant``: a rule for the output of GELU does not match it.
+    """
+
+    input_name = "gated.input_quant"
+
+    def add_input_site(self, site: SiteBuilder, cuts: Cuts) -> None:
+        """Register the site one level deeper than that of other layers."""
+        self.gated = nn.ModuleDict({"input_quant": site.child("gated").activation("input_quant", **cuts)})
+
+    @property
+    def input_site(self) -> nn.Module:
+        """The site called `input_name`."""
+        return self.gated["input_quant"]
 
 
 @swaps(nn.Conv2d)
@@ -162,3 +189,25 @@ class QuantLayerNorm(nn.Module):
     def extra_repr(self) -> str:
         """Size, for ``print(model)``."""
         return f"{self.normalized_shape}, eps={self.eps}"
+
+
+@swaps(timm.layers.RmsNorm)
+class QuantRmsNorm(nn.Module):
+    """Division by the root mean square over the last axis, with a site on its output (..., C)."""
+
+    normalize: Any = timm.layers.RmsNorm.forward
+
+    def __init__(self, norm: timm.layers.RmsNorm, site: SiteBuilder) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps, self._fast_norm = norm.normalized_shape, norm.eps, norm._fast_norm
+        self.weight = norm.weight
+        self.output_quant = site.activation("output_quant", channel=(-1, norm.normalized_shape[-1]))
+        if isinstance(self.output_quant, Quantizer) and self.output_quant.reads_integers:
+            raise QatError(
+                f"site '{site.prefix}output_quant': IntegerNorm is a LayerNorm, this is an RmsNorm: use Uniform"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
+        out: Tensor = self.output_quant(self.normalize(x))
+        return out

@@ -18,7 +18,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.models.attention import QuantHeads
+from qat.models.attention import QuantHeads, pair_bias
 from qat.models.layers import QuantLayerNorm
 from qat.sites.family import Family, NormLink, Unit, family
 from qat.sites.insert import SiteBuilder, swap_children, swaps
@@ -124,14 +124,6 @@ class QuantWindowAttention(QuantHeads):
         return out
 
     def position_bias(self) -> Tensor:
-        """The entry of the table for every pair of tokens (1, H, N, N).
-
-        timm looks it up by integers in a buffer, which a weight average rounds down: 0.9999 * 11 + 0.0001 * 11 becomes
-        10.
-        """
-        h, w = self.window_size
+        """The entry of the table for every pair of tokens (1, H, N, N)."""
         table = self.relative_position_bias_table_quant(self.relative_position_bias_table)
-        table = table.unflatten(0, (2 * h - 1, 2 * w - 1))  # (down, right, H)
-        pairs = table.unfold(0, h, 1).unfold(1, w, 1).flip(3, 4).permute(2, 0, 1, 3, 4)  # (H, h, w, h, w)
-        bias: Tensor = pairs.reshape(1, self.num_heads, h * w, h * w)
-        return bias
+        return pair_bias(table, self.window_size).unsqueeze(0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from qat.ptq.base import PTQMethod, stream, uncalibrated
 from qat.ptq.running_range import Samples
+from qat.ranges import Range, Seed, check_fields
 
 
 @dataclass
@@ -21,10 +23,13 @@ class InitSteps(PTQMethod):
         seed: seeds the draw of these values.
     """
 
-    samples: int = 100_000
-    seed: int = 0
+    samples: Annotated[int, Range(1, 1_000_000_000)] = 100_000
+    seed: Seed = 0
 
     single_device = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Calibrate every site that is not calibrated yet; QatError if no image reaches one of them."""

@@ -26,16 +26,17 @@ TOLERANCE = 1e-4  # relative; the rewrite is exact but for rounding in float32
 
 @torch.no_grad()
 def fold(model: nn.Module, link: NormLink, ratio: Tensor, shift: Tensor) -> None:
-    """Change the output y of a norm to (y + shift) / ratio, both (C,), and its reader to undo that; in float64."""
-    assert link.linear is not None
+    """Change the output y of a norm to (y + shift) / ratio, both (C,), and its readers to undo that; in float64."""
+    assert link.readers
     norm: Any = model.get_submodule(link.norm)
-    linear: Any = model.get_submodule(link.linear)
-    gamma, beta, weight, bias = (p.double() for p in (norm.weight, norm.bias, linear.weight, linear.bias))
-    ratio, shift = ratio.double(), shift.double()
+    gamma, beta, ratio, shift = (x.double() for x in (norm.weight, norm.bias, ratio, shift))
     norm.weight.copy_(gamma / ratio)
     norm.bias.copy_((beta + shift) / ratio)
-    linear.weight.copy_(weight * ratio)
-    linear.bias.copy_(bias - weight @ shift)
+    linear: Any
+    for linear in map(model.get_submodule, link.readers):
+        weight, bias = linear.weight.double(), linear.bias.double()
+        linear.weight.copy_(weight * ratio)
+        linear.bias.copy_(bias - weight @ shift)
 
 
 @contextmanager

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Annotated
 
 from torch import Tensor, nn
 
-from qat.errors import QatError
 from qat.progress import Progress
 from qat.ptq.base import PTQMethod, raise_unless_calibrated, stream, uncalibrated
 from qat.ptq.running_range import Observer, running_range_for
 from qat.ptq.search import calibrate_
+from qat.ranges import Range, Seed, check_fields
 
 
 @dataclass
@@ -28,14 +28,11 @@ class Observe(PTQMethod):
     """
 
     observer: Observer = "minmax"
-    samples: int = 100_000
-    seed: int = 0
+    samples: Annotated[int, Range(1, 1_000_000_000)] = 100_000
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.observer not in get_args(Observer):
-            raise QatError(f"observer is {self.observer!r}: choose from {', '.join(get_args(Observer))}")
-        if self.samples < 1:
-            raise QatError(f"samples is {self.samples}: keep at least 1 value of each batch")
+        check_fields(self)
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Calibrate every site that is not calibrated yet; QatError if no image reaches one of them."""

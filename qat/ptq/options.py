@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from qat.ptq.base import PTQMethod
+from qat.ranges import Range, Seed, check_fields
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,9 @@ class CalibrationOptions:
     """
 
     method: PTQMethod | None = None
-    images: int = 64
-    batch_size: int = 32
-    seed: int = 0
+    images: Annotated[int, Range(1, 10_000_000)] = 64
+    batch_size: Annotated[int, Range(1, 100_000)] = 32
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "calibration.")

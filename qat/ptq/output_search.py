@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from qat.ptq.capture import capture
 from qat.ptq.matrix_products import MatrixProduct, matrix_products
 from qat.ptq.product_search import Operand, ProductSearch, candidate_table, searchable
 from qat.quantizers import Quantizer
+from qat.ranges import Range, Seed, check_fields
 from qat.sites.family import family_of
 from qat.sites.insert import quantizers, switched_off
 
@@ -43,15 +45,13 @@ class OutputSearch(PTQMethod):
         seed: seeds the draw of rows and values.
     """
 
-    rounds: int = 3
-    rows: int = 512
-    samples: int = 20_000
-    seed: int = 0
+    rounds: Annotated[int, Range(1, 1000)] = 3
+    rows: Annotated[int, Range(1, 1_000_000_000)] = 512
+    samples: Annotated[int, Range(1, 1_000_000_000)] = 20_000
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "rows", "samples"):
-            if getattr(self, name) < 1:
-                raise QatError(f"{name} is {getattr(self, name)}: give at least 1")
+        check_fields(self)
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Calibrate every site that is not calibrated yet; QatError if no image reaches one of them."""

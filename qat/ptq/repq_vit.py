@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from qat.ptq.in_order import calibrate_in_order
 from qat.ptq.norms import check_rewrites, fold, same_function
 from qat.ptq.search import PERCENTILES, calibrate_by_percentiles_
 from qat.quantizers import Layout, Quantizer, UniformQuantizer
+from qat.ranges import Range, check_fields
 from qat.sites.family import NormLink, family_of
 from qat.sites.insert import WeightSite, weight_sites
 
@@ -36,13 +37,14 @@ class RepQViT(PTQMethod):
         shares: quantiles that are tried as the upper end of a range; the lower end is the quantile 1 - share.
     """
 
-    shares: Sequence[float] = PERCENTILES
+    shares: Sequence[Annotated[float, Range(above=0.5, high=1)]] = PERCENTILES
 
     changes_weights = True
 
     def __post_init__(self) -> None:
-        if not self.shares or not all(0.5 < share <= 1 for share in self.shares):
-            raise QatError(f"shares is {list(self.shares)}: give quantiles above 0.5 and at most 1, such as 0.999")
+        check_fields(self)
+        if not self.shares:
+            raise QatError("RepQViT: shares is empty: give quantiles above 0.5 and at most 1, such as 0.999")
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Calibrate weights, then activations in the order of the network; fold, and calibrate folded weights again."""
@@ -59,7 +61,7 @@ class RepQViT(PTQMethod):
         with same_function(model, images[0][:CHECKED]):
             for link in links:
                 reparameterize(model, link, channels[link.norm])
-        folded = {f"{link.linear}.weight_quant" for link in links}
+        folded = {f"{reader}.weight_quant" for link in links for reader in link.readers}
         for site in weight_sites(model) if weights else ():
             if site.name in folded:
                 self._calibrate_weight(site)
@@ -74,37 +76,42 @@ class RepQViT(PTQMethod):
         """The LayerNorms to rewrite: those whose reader is not calibrated yet.
 
         Raises:
-            QatError: a reader has no input quantizer with a single zero point.
+            QatError: no LayerNorm is read by linear layers alone, or a reader has no input quantizer with a single
+                zero point.
         """
-        links = []
-        for link in family_of(model).norm_links(model):
-            if link.linear is None:
-                continue
-            site = model.get_submodule(f"{link.linear}.input_quant")
+        found = [link for link in family_of(model).norm_links(model) if link.readers]
+        if not found:
+            raise QatError(
+                "RepQViT rewrites LayerNorms that linear layers read, and this model has none (an RmsNorm has no bias "
+                "to rewrite): choose another method of calibration"
+            )
+        for reader in (reader for link in found for reader in link.readers):
+            site = model.get_submodule(f"{reader}.input_quant")
             if not isinstance(site, Quantizer) or site.spec.per_channel() is None or site.layout.groups > 1:
                 have = f"has {site.spec}" if isinstance(site, Quantizer) else "stays in floating point"
                 raise QatError(
-                    f"RepQViT needs Uniform, granularity tensor, at '{link.linear}.input_quant', which {have}: "
+                    f"RepQViT needs Uniform, granularity tensor, at '{reader}.input_quant', which {have}: "
                     "take the recipe repq_vit, or another method"
                 )
-            if not site.calibrated:
-                links.append(link)
-        return links
+        return [link for link in found if not any(_input_site(model, name).calibrated for name in link.readers)]
 
 
 @contextmanager
 def channel_wise(model: nn.Module, links: Iterable[NormLink]) -> Iterator[dict[str, UniformQuantizer]]:
     """Put, inside the block, quantizers per channel behind the norms; yield them by the name of the norm."""
-    readers = {link.norm: model.get_submodule(cast(str, link.linear)) for link in links}
-    kept = {norm: cast(UniformQuantizer, linear.input_quant) for norm, linear in readers.items()}
+    kept = {name: _input_site(model, name) for link in links for name in link.readers}
+    readers = {name: model.get_submodule(name) for name in kept}
     try:
-        channels = {}
-        for norm, linear in readers.items():
-            channels[norm] = linear.input_quant = _per_channel(kept[norm], cast(int, linear.in_features))
-        yield channels
+        for name, linear in readers.items():
+            linear.input_quant = _per_channel(kept[name], cast(int, linear.in_features))
+        yield {link.norm: _input_site(model, link.readers[0]) for link in links}  # all readers see one tensor
     finally:
-        for norm, linear in readers.items():
-            linear.input_quant = kept[norm]
+        for name, linear in readers.items():
+            linear.input_quant = kept[name]
+
+
+def _input_site(model: nn.Module, layer: str) -> UniformQuantizer:
+    return cast(UniformQuantizer, model.get_submodule(f"{layer}.input_quant"))
 
 
 def _per_channel(quantizer: UniformQuantizer, channels: int) -> UniformQuantizer:
@@ -114,11 +121,11 @@ def _per_channel(quantizer: UniformQuantizer, channels: int) -> UniformQuantizer
 
 @torch.no_grad()
 def reparameterize(model: nn.Module, link: NormLink, channels: UniformQuantizer) -> None:
-    """Fold scales and zero points (C,) of the output of a norm into the norm and its reader.
+    """Fold scales and zero points (C,) of the output of a norm into the norm and its readers.
 
-    The quantizer of the reader gets the means that are left (equations 5 to 8 of RepQ-ViT).
+    The quantizers of the readers get the means that are left (equations 5 to 8 of RepQ-ViT).
     """
-    site = cast(UniformQuantizer, model.get_submodule(f"{link.linear}.input_quant"))
     step, zero = channels.step.double(), channels.zero_point.double()
-    mean_step, mean_zero = site.set_affine_(step.mean(), zero.mean())
+    for name in link.readers:
+        mean_step, mean_zero = _input_site(model, name).set_affine_(step.mean(), zero.mean())
     fold(model, link, ratio=step / mean_step, shift=step * (zero - mean_zero))

@@ -51,6 +51,10 @@ class PTF(Spec):
         if not isinstance(self.factors, int) or isinstance(self.factors, bool) or not 0 <= self.factors <= MAX_FACTORS:
             raise QatError(f"factors is {self.factors!r}: give 0 to {MAX_FACTORS}")
 
+    @property
+    def holds_negatives(self) -> bool:
+        return True  # below the zero point
+
     def build(self, layout: Layout) -> PTFQuantizer:
         """The module."""
         return PTFQuantizer(self, layout)

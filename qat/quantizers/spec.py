@@ -91,6 +91,11 @@ class Spec:
         return False
 
     @property
+    def holds_negatives(self) -> bool:
+        """Some code stands for a negative value, wherever the range lies."""
+        return self.signed or self.movable
+
+    @property
     def search_grid(self) -> Spec:
         """The spec whose error tells how good a range is; another one where codes come from more than one value."""
         return self

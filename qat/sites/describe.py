@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from qat.quantizers import Quantizer
+from qat.runs.writing import replacing
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, sites, switched_off
 from qat.sites.products import HasProducts
@@ -140,8 +141,8 @@ def _bits(module: nn.Module) -> int:
 
 
 def write_csv(rows: list[SiteRow], path: Path) -> None:
-    """Write the whole table, one line per site."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Write the whole table, one line per site; QatError where the file cannot be written."""
+    with replacing(path) as file:
         writer = csv.DictWriter(file, [field.name for field in fields(SiteRow)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)

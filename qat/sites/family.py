@@ -17,13 +17,20 @@ class NormLink(NamedTuple):
     Args:
         norm: the LayerNorm.
         source: the site whose tensor it normalizes; None where there is more than one, or an operation lies between.
-        linear: the layer that alone reads its output; None where there is more than one reader, none is linear, or the
-            reader is the head, whose input no method rewrites.
+        linear: the layer that reads its output; None where a reader is not linear, or is the head, whose input no
+            method rewrites.
+        others: further linear layers that read it.
     """
 
     norm: str
     source: str | None
     linear: str | None
+    others: tuple[str, ...] = ()
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """All linear layers that read the output, if nothing else does."""
+        return () if self.linear is None else (self.linear, *self.others)
 
 
 class Unit(NamedTuple):

@@ -83,17 +83,32 @@ class SiteBuilder:
         axis, groups = cuts[rule.spec.granularity]
         try:
             quantizer: Quantizer = rule.spec.build(Layout(axis, groups, batched))
+            _check_place(quantizer, name)
         except QatError as error:
             raise QatError(f"rule {rule.match!r} at site {site!r}: {error}") from None
         return quantizer
 
-    def raise_for_unused_rules(self) -> None:
-        """Raise QatError for the first rule that matches no site."""
+    def raise_for_unused_rules(self, model: nn.Module) -> None:
+        """Raise QatError for the first rule that matches no site of ``model``."""
         for i, rule in enumerate(self.rules):
             if i not in self.used and not rule.optional:
+                if rule.match.startswith("head") and getattr(model, "num_classes", None) == 0:
+                    raise QatError(
+                        f"rule {rule.match!r} matches no site, because this model has no head: give "
+                        "--model.num_classes N, and --model.fresh_head true where the weights have no head either"
+                    )
                 near = get_close_matches(rule.match, self.names, n=1, cutoff=0.0)
                 hint = f"; the nearest is {near[0]!r}" if near else ""
                 raise QatError(f"rule {rule.match!r} matches no site{hint}; `qat describe` lists them all")
+
+
+def _check_place(quantizer: Quantizer, name: str) -> None:
+    """Raise QatError for a quantizer that makes no sense at a site of this name."""
+    kind = type(quantizer.spec).__name__
+    if quantizer.replaces_softmax and name != "probs_quant":
+        raise QatError(f"{kind} takes the place of a softmax, so it belongs at a site probs_quant")
+    if not quantizer.layout.batched and not quantizer.spec.holds_negatives:
+        raise QatError(f"{kind} has no negative value here, and weights are negative too: choose signed codes")
 
 
 def quantize(model: nn.Module, rules: Recipe) -> nn.Module:
@@ -112,7 +127,7 @@ def quantize(model: nn.Module, rules: Recipe) -> nn.Module:
     builder = SiteBuilder(rules)
     swap_children(model, builder)
     kind.prepare(model, builder)
-    builder.raise_for_unused_rules()
+    builder.raise_for_unused_rules(model)
     connect_norms(model)
     return model
 
@@ -141,10 +156,15 @@ def connect_norms(model: nn.Module) -> None:
 def swap_children(module: nn.Module, site: SiteBuilder) -> None:
     """Replace the children of ``module``, from the top down; a replacement replaces its own children."""
     for name, child in list(module.named_children()):
-        if type(child) in SWAPS:
-            setattr(module, name, SWAPS[type(child)](child, site.child(name)).train(child.training))
-        else:
-            swap_children(child, site.child(name))
+        setattr(module, name, swapped(child, site.child(name)))
+
+
+def swapped(module: nn.Module, site: SiteBuilder) -> nn.Module:
+    """What replaces a float module; the module itself, with replaced children, where nothing does."""
+    if type(module) in SWAPS:
+        return SWAPS[type(module)](module, site).train(module.training)
+    swap_children(module, site)
+    return module
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, Quantizer | FloatSite]]:

@@ -40,8 +40,8 @@ def test_a_link_names_what_a_norm_reads_and_the_only_one_that_reads_it(name):
         if link.source is not None:
             sources = [after for _, after in seen[link.source]]
             assert all(any(torch.equal(before, x) for x in sources) for before, _ in seen[link.norm]), link
-        if link.linear is not None:
-            for (_, after), (read, _) in zip(seen[link.norm], seen[link.linear], strict=True):
+        for reader in link.readers:
+            for (_, after), (read, _) in zip(seen[link.norm], seen[reader], strict=True):
                 assert torch.equal(read.unique(), after.unique()) or name == "swin_padded", link
 
 
@@ -50,8 +50,12 @@ def test_no_norm_before_a_linear_layer_is_forgotten(name):
     _, links = linked(name)
     norms = [link.norm for link in links]
     assert len(set(norms)) == len(norms)
-    expected = {"swin": 2 * 4 + 1, "swin_padded": 2 * 4 + 1, "sret": 3 * (2 + 2)}.get(name, 2 * 2)
-    assert sum(link.linear is not None for link in links) == expected
+    expected = {"swin": 2 * 4 + 1, "swin_padded": 2 * 4 + 1, "sret": 3 * (2 + 2)}
+    expected |= {"parallel_things": 2 * 4, "parallel_fused": 2 * 1}
+    expected |= dict.fromkeys(("siglip", "perception"), 2 * 2 + 2)  # the last norm is read by the pool, which has one
+    expected |= dict.fromkeys(("aimv2", "parallel_scaling", "grouped_queries"), 0)  # an RmsNorm has no bias to rewrite
+    expected |= dict.fromkeys(("post_norm", "eva_post_norm"), 0)  # a sum reads their norms
+    assert sum(link.linear is not None for link in links) == expected.get(name, 2 * 2)
 
 
 def test_a_norm_of_sret_that_reads_two_sites_has_no_source():
@@ -77,7 +81,8 @@ def test_any_ratio_and_shift_leave_the_function_as_it_is(name):
                 C = model.get_submodule(link.linear).in_features
                 ratio = torch.rand(C, generator=generator) + 0.5
                 fold(model, link, ratio, torch.randn(C, generator=generator))
-                assert not torch.equal(model.state_dict()[f"{link.linear}.weight"], before[f"{link.linear}.weight"])
+                after = model.state_dict()
+                assert all(not torch.equal(after[f"{x}.weight"], before[f"{x}.weight"]) for x in link.readers)
     assert (model(images()) - expected).norm() <= 1e-4 * expected.norm()
 
 
@@ -107,7 +112,7 @@ def test_an_integer_norm_without_a_single_source_is_refused_by_name():
 
 
 @pytest.mark.parametrize("recipe", ["fq_vit_888", "fq_vit_884_released"])
-@pytest.mark.parametrize("name", ["deit", "distilled", "swin", "swin_padded"])
+@pytest.mark.parametrize("name", ["deit", "distilled", "clip", "siglip", "eva_post_norm", "swin", "swin_padded"])
 @torch.no_grad()
 def test_an_integer_norm_reads_whole_numbers_of_steps(name, recipe):
     model = quantize(float_model(name), build_recipe(recipe, w_bits=8, a_bits=8))

@@ -117,7 +117,7 @@ def test_values_that_are_no_numbers_are_named():
 
 
 def test_options_are_checked():
-    with pytest.raises(QatError, match="observer is 'median': choose from minmax, ema, percentile, omse"):
+    with pytest.raises(QatError, match="observer is 'median': give minmax, ema, percentile or omse"):
         Observe("median")
     with pytest.raises(QatError, match="samples is 0"):
         Observe(samples=0)

@@ -248,5 +248,5 @@ def test_a_tensor_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize("option", ["rounds", "rows", "samples"])
 def test_an_option_below_one_is_refused(option):
-    with pytest.raises(QatError, match=f"{option} is 0: give at least 1"):
+    with pytest.raises(QatError, match=f"OutputSearch: {option} is 0: give an integer from 1 to"):
         OutputSearch(**{option: 0})

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from timm.layers import Attention, DiffAttention
-from timm.models.vision_transformer import ParallelScalingBlock
+from timm.layers import Attention, DiffAttention, GatedMlp
+from timm.models.vision_transformer import DiffParallelScalingBlock
 from torch import nn
 
 from qat.errors import QatError
 from qat.models import build_float
-from qat.quantizers import LSQ
+from qat.quantizers import LSQ, BitLog2, LogIntSoftmax, LogSqrt2
 from qat.recipe import Rule, build_recipe
 from qat.sites.insert import FloatSite, quantize, quantizers, raise_for_uncalibrated, sites, switched_off
 
@@ -115,6 +115,12 @@ def test_a_rule_that_matches_nothing_names_the_nearest_site(match, nearest):
         quantize(tiny(), [Rule(match, LSQ(4))])
 
 
+def test_a_model_without_a_head_says_how_to_get_one():
+    model = build_float("vit_small_patch14_dinov2", None, None, {**TINY, "num_heads": 2})
+    with pytest.raises(QatError, match=r"rule 'head\*.weight_quant' matches no site, because .*--model.num_classes N"):
+        quantize(model, vvtq())
+
+
 def test_a_rule_that_is_overruled_everywhere_is_still_used():
     model = quantize(tiny(), [Rule("head.weight_quant", LSQ(8)), Rule("*", LSQ(4))])
     assert {quantizer.spec.width for _, quantizer in quantizers(model)} == {4}
@@ -145,13 +151,17 @@ def convnext() -> nn.Module:
         (gated, r"blocks\.1\.attn\.gate: gated attention"),
         (lambda: tiny("vit_tiny_patch16_224", attn_layer=DiffAttention), r"blocks\.0\.attn is a DiffAttention"),
         (lambda: tiny("vit_tiny_patch16_224", attn_layer=OtherAttention), r"blocks\.0\.attn is a OtherAttention"),
-        (lambda: tiny("vit_tiny_patch16_224", global_pool="map"), "attention pooling .AttentionPoolLatent"),
-        (lambda: tiny("vit_tiny_patch16_224", block_fn=ParallelScalingBlock), r"blocks\.0 is a ParallelScalingBlock"),
+        (lambda: tiny("vit_tiny_patch16_224", global_pool="prr"), "attn_pool is a AttentionPoolPrr: only timm's"),
+        (
+            lambda: tiny("vit_tiny_patch16_224", block_fn=DiffParallelScalingBlock),
+            r"blocks\.0 is a DiffParallelScaling",
+        ),
+        (lambda: tiny("vit_tiny_patch16_224", mlp_layer=GatedMlp), r"blocks\.0\.mlp is a GatedMlp: .* SwiGLU are"),
         (swin_v2, "SwinTransformerV2 is not a model family.*it knows .*VisionTransformer"),
         (convnext, "ConvNeXt is not a model family"),
         (lambda: build_float("vit_tiny_r_s16_p8_224", None, 10, {"img_size": 32, "depth": 1}), "patch_embed.*Hybrid"),
     ],
-    ids=["gated", "differential", "other", "pooling", "parallel", "swin_v2", "convnext", "hybrid"],
+    ids=["gated", "differential", "other", "pooling", "parallel", "mlp", "swin_v2", "convnext", "hybrid"],
 )
 def test_what_is_not_reproduced_is_refused_by_name(build, named):
     with pytest.raises(QatError, match=named):
@@ -200,3 +210,19 @@ def test_the_inventory_of_deit_tiny():
         sizes[quantizer.spec.bits] += model.get_parameter(name.removesuffix("_quant")).numel()
     assert sizes == {4: 5_308_416, 8: 339_456}
     assert sum(p.numel() for p in model.parameters()) == 5_717_416 + 74 + 98 + 12
+
+
+@pytest.mark.parametrize(
+    ("match", "spec", "message"),
+    [
+        ("*.qkv.weight_quant", LogIntSoftmax(4), "takes the place of a softmax"),
+        ("*.q_quant", LogIntSoftmax(4), "takes the place of a softmax"),
+        ("*.qkv.weight_quant", LogSqrt2(4), "weights are negative too"),
+        ("*.qkv.weight_quant", BitLog2(4), "weights are negative too"),
+        ("*.qkv.weight_quant", LSQ(4, signed=False), "weights are negative too"),
+    ],
+    ids=repr,
+)
+def test_a_quantizer_that_makes_no_sense_at_a_site_is_refused(match, spec, message):
+    with pytest.raises(QatError, match=message):
+        quantize(tiny(), [Rule(match, spec)])
