@@ -1,8 +1,17 @@
 """The one error that a user can cause, and the text of others."""
 
+import errno
+
+OF_THE_SYSTEM = {  # what a user can change: space and permissions
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EIO,
+}  # fmt: skip
+
 
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its type where it has none."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -15,6 +24,8 @@ def bad_input(error: BaseException) -> BaseException | None:
 
     Where jsonargparse could not build a class, that is the error which the class raised.
     """
+    if isinstance(error, OSError):
+        return _in_words(error) if error.errno in OF_THE_SYSTEM else None
     if not isinstance(error, ValueError) or isinstance(error, QatError):
         return error
     if not str(error).startswith("Does not validate"):
@@ -23,3 +34,9 @@ def bad_input(error: BaseException) -> BaseException | None:
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner
     return cause
+
+
+def _in_words(error: OSError) -> OSError:
+    """An error of the operating system, in its own words, with the file where it is known."""
+    where = f": {error.filename}" if error.filename else ""
+    return OSError(f"{error.strerror}{where}")

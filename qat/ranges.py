@@ -23,6 +23,7 @@ from qat.errors import QatError
 
 Init = TypeVar("Init", bound=Callable[..., None])
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path", dict: "a mapping"}
+SHOWN = 80  # characters of a value in an error
 ORDINALS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -44,7 +45,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            _is_finite(value)
             and (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
             and (self.above is None or value > self.above)
@@ -53,16 +54,16 @@ class Range:
 
     def __str__(self) -> str:
         if self.low is not None and self.high is not None:
-            return f"from {self.low:g} to {self.high:g}"
+            return f"from {_shown_end(self.low)} to {_shown_end(self.high)}"
         words = (("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below))
-        return " and ".join(f"{word} {end:g}" for word, end in words if end is not None)
+        return " and ".join(f"{word} {_shown_end(end)}" for word, end in words if end is not None)
 
 
 SEED = Range(0, 2**32 - 1)  # what NumPy and torch both take
 Seed = Annotated[int, SEED]
 
 
-def check_fields(options: Any, prefix: str = "") -> None:
+def check_fields(options: Any, prefix: str | None = None) -> None:
     """Check every field of a dataclass against its annotation.
 
     Args:
@@ -73,7 +74,7 @@ def check_fields(options: Any, prefix: str = "") -> None:
         QatError: for the first value of a wrong type or out of its range.
     """
     kind: Any = type(options)
-    prefix = prefix or f"{kind.__name__}: "
+    prefix = f"{kind.__name__}: " if prefix is None else prefix
     hints = _hints(kind)
     for field in fields(options):
         check_value(f"{prefix}{field.name}", getattr(options, field.name), hints[field.name])
@@ -99,7 +100,15 @@ def checked(init: Init) -> Init:
 def check_value(name: str, value: Any, hint: Any) -> None:
     """Raise QatError, which calls the value ``name``, unless it has the type and lies in the range of ``hint``."""
     if not fits(value, hint):
-        raise QatError(f"{name} is {value!r}: give {describe_hint(hint)}")
+        raise QatError(f"{name} is {shown(value)}: give {describe_hint(hint)}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line, and cut where it is long."""
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+        return f"{'-' * (value < 0)}10**{SHOWN} or more"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -116,6 +125,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Sequence) and not isinstance(value, str) and _all_fit(value, parts)
     if origin is list:
         return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if origin is Sequence:
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(v, parts[0]) for v in value)
     if isinstance(origin, type):
         return isinstance(value, origin)
     return _is_plain(value, hint)
@@ -132,17 +143,9 @@ def describe_hint(hint: Any) -> str:
         return _either([str(part) for part in parts])
     if origin is tuple and parts[-1] is not Ellipsis and len(set(parts)) == 1:
         return f"{ORDINALS.get(len(parts), len(parts))} values, each {describe_hint(parts[0])}"
-    if origin is list:
+    if origin in (list, Sequence) or (origin is tuple and parts[-1] is Ellipsis):
         return f"a list, each item {describe_hint(parts[0])}"
-    words = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        Path: "a path",
-        dict: "a mapping",
-    }
-    return words.get(origin or hint, getattr(hint, "__name__", str(hint)))
+    return WORDS.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
 
 def _all_fit(values: Sequence[Any], parts: Sequence[Any]) -> bool:
@@ -158,14 +161,23 @@ def _is_plain(value: Any, kind: Any) -> bool:
         return isinstance(value, bool)
     if kind in (int, float):
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and _is_finite(value)
     if kind is Path:
         return isinstance(value, str | Path)
     return isinstance(value, kind)
 
 
+def _shown_end(end: float) -> str:
+    return f"{end:,}" if isinstance(end, int) else str(end)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Integral) or math.isfinite(value)  # an integer may be too large for a float
+
+
 def _within(value: Any, range_: Range) -> bool:
-    return not isinstance(value, Real) or float(value) in range_
+    number: Any = value
+    return not isinstance(value, Real) or number in range_
 
 
 def _with_ranges(words: str, ranges: Iterable[Range]) -> str:

@@ -15,10 +15,8 @@ A recipe can be read, resolved and compared without building a model.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -28,6 +26,8 @@ import yaml
 
 from qat.errors import QatError
 from qat.quantizers import Spec
+from qat.quantizers.named import check_keys, plain, spec_from_dict
+from qat.ranges import shown
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,24 @@ class Rule:
     optional: bool = False
 
     @classmethod
-    def from_dict(cls, rule: Any) -> Rule:
-        """Read ``{match: GLOB, spec: null | {class_path, init_args}}`` and ``optional``; QatError for anything else."""
+    def from_dict(cls, rule: Any, trust: bool = False) -> Rule:
+        """Read ``{match: GLOB, spec: null | {class_path, init_args}}`` and ``optional``; QatError for anything else.
+
+        Args:
+            rule: plain data.
+            trust: a quantizer that it names by a dotted path may be imported.
+        """
+        rule = plain(rule)
         if not isinstance(rule, Mapping):
-            raise QatError(f"rule {rule!r} is not a mapping: write {{match: GLOB, spec: ...}}")
-        where = f"rule {rule.get('match', rule)!r}"
-        _check_keys(rule, ("match", "spec", "optional"), required=("match", "spec"), where=where)
+            raise QatError(f"rule {shown(rule)} is not a mapping: write {{match: GLOB, spec: ...}}")
+        where = f"rule {shown(rule.get('match', rule))}"
+        check_keys(rule, ("match", "spec", "optional"), required=("match", "spec"), where=where)
         if not isinstance(rule["match"], str):
             raise QatError(f"{where}: match must be a glob over site names")
         if not isinstance(optional := rule.get("optional", False), bool):
             raise QatError(f"{where}: optional is {optional!r}: give true or false")
         try:
-            spec = None if rule["spec"] is None else spec_from_dict(rule["spec"])
+            spec = None if rule["spec"] is None else spec_from_dict(rule["spec"], trust)
         except QatError as error:
             raise QatError(f"{where}: {error}") from None
         return cls(rule["match"], spec, optional)
@@ -73,14 +79,25 @@ def resolve(rules: Recipe, site: str) -> Rule | None:
 
 
 def build_recipe(
-    recipe: str, rules: Iterable[Any] = (), w_bits: int | None = None, a_bits: int | None = None
+    recipe: str,
+    rules: Iterable[Any] = (),
+    w_bits: int | None = None,
+    a_bits: int | None = None,
+    trust: bool = False,
 ) -> list[Rule]:
     """The rules of a recipe, by its name or path, with ``rules`` appended and integers for the words of widths.
+
+    Args:
+        recipe: name of a recipe, or path of a YAML file.
+        rules: rules of the user's own; a quantizer that they name by a dotted path is imported.
+        w_bits, a_bits: widths for the words of these names.
+        trust: quantizers that the file of the recipe names by a dotted path may be imported too.
 
     Raises:
         QatError: the recipe is unknown, a rule is malformed, a word has no value, or no rule uses a given width.
     """
-    table = [Rule.from_dict(rule) for rule in [*read_rules(recipe), *rules]]
+    table = [Rule.from_dict(rule, trust) for rule in read_rules(recipe)]
+    table += [Rule.from_dict(rule, trust=True) for rule in rules]
     given = {"w_bits": w_bits, "a_bits": a_bits}
     used = {rule.spec.bits for rule in table if rule.spec is not None}
     for word, value in given.items():
@@ -107,7 +124,7 @@ def read_rules(recipe: str, inside: tuple[str, ...] = ()) -> list[Any]:
     for entry in _read_table(recipe):
         if isinstance(entry, Mapping) and "recipe" in entry:
             where = f"recipe {recipe!r}, entry {dict(entry)}"
-            _check_keys(entry, ("recipe", "replace"), (), where)
+            check_keys(entry, ("recipe", "replace"), (), where)
             included = read_rules(str(entry["recipe"]), (*inside, recipe))
             rules += _replaced(included, entry.get("replace", {}), where)
         else:
@@ -158,46 +175,6 @@ def _read_table(recipe: str) -> list[Any]:
             f"recipe {recipe!r} must be a YAML list of rules, each {{match: GLOB, spec: ...}}, or {{recipe: NAME}}"
         )
     return table
-
-
-def spec_from_dict(spec: Any) -> Spec:
-    """Build a Spec from ``{class_path, init_args}``; a class outside the package is named by its dotted path."""
-    if not isinstance(spec, Mapping):
-        raise QatError(f"spec {spec!r} is not a mapping: write {{class_path: LSQ, init_args: {{bits: 4}}}} or null")
-    _check_keys(spec, ("class_path", "init_args"), required=("class_path",), where="spec")
-    kind = _find_kind(spec["class_path"])
-    options = spec.get("init_args") or {}
-    if not isinstance(options, Mapping):
-        raise QatError(f"init_args of {kind.__name__} is {options!r}: write {{bits: 4, ...}}")
-    _check_keys(options, [f.name for f in fields(kind)], required=("bits",), where=kind.__name__)
-    return kind(**options)
-
-
-def _find_kind(class_path: Any) -> type[Spec]:
-    if not isinstance(class_path, str):
-        raise QatError(f"class_path is {class_path!r}: give the name of a quantizer class")
-    if class_path not in Spec.kinds and "." in class_path:
-        module, _, name = class_path.rpartition(".")
-        try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise QatError(f"cannot import the quantizer {class_path!r}: {error}") from None
-        if isinstance(kind, type) and issubclass(kind, Spec) and kind is not Spec:
-            return kind
-    if class_path not in Spec.kinds:
-        raise QatError(f"no quantizer is called {class_path!r}: choose from {', '.join(sorted(Spec.kinds))}")
-    return Spec.kinds[class_path]
-
-
-def _check_keys(given: Mapping[str, Any], known: Sequence[str], required: Sequence[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-            raise QatError(f"{where} has no option {key!r}: {hint}")
-    for key in required:
-        if key not in given:
-            raise QatError(f"{where} lacks {key!r}")
 
 
 def _fill(rule: Rule, given: Mapping[str, int | None]) -> Rule:

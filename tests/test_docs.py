@@ -36,10 +36,11 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_readme_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_readme_parse(command: str, ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    runs = ["--runs", str(ckpt.parents[2])] if "--ckpt last" in command else []
     with pytest.raises(SystemExit) as stop:
-        main([*shlex.split(command)[1:], "--print_config"])
+        main([*shlex.split(command)[1:], *runs, "--print_config"])
     assert stop.value.code in (0, None)
 
 

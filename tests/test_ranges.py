@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,6 +44,9 @@ class Options:
         ({"betas": (0.9, 1.0)}, "model.betas"),
         ({"mode": "ignore"}, "model.mode is 'ignore': give error or skip"),
         ({"flag": 1}, "model.flag is 1: give true or false"),
+        ({"bits": 10**5000}, r"model.bits is 10\*\*80 or more: give"),
+        ({"mode": "x" * 500}, "model.mode is 'x{79}...: give error or skip"),
+        ({"mode": "x\ny"}, r"model.mode is 'x\\ny': give"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_by_name(given, message):
@@ -63,6 +67,17 @@ def test_arguments_of_a_constructor_are_checked_before_it_runs():
     assert Tracker().every == 100
     with pytest.raises(QatError, match="Tracker: every is 0: give an integer of at least 1"):
         Tracker(0)
+
+
+def test_lists_of_numbers_with_a_range():
+    shares = Sequence[Annotated[float, Range(above=0.5, high=1)]]
+    assert fits([0.9, 1], shares)
+    assert fits((0.9,), shares)
+    assert not fits([0.9, 0.5], shares)
+    assert not fits("0.9", shares)
+    assert describe_hint(shares) == "a list, each item a number above 0.5 and at most 1"
+    assert describe_hint(tuple[Annotated[int, Range(1)], ...]) == "a list, each item an integer of at least 1"
+    assert str(Range(1, 1_000_000)) == "from 1 to 1,000,000"
 
 
 def test_nested_hints():

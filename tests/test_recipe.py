@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
 from qat.errors import QatError
 from qat.quantizers import LSQ, PTF, IntegerNorm, Uniform
@@ -73,9 +74,11 @@ def test_every_named_recipe_loads(name):
 
 
 FULL = [  # of uniform_full_released: glob, and whether the rule is optional
-    ("patch_embed.proj.*put_quant", False), ("*norm*.output_quant", False), ("*.attn.qkv.output_quant", False),
-    ("*.attn.scores_quant", False), ("*.attn.probs_quant", False), ("*.attn.proj.*put_quant", False),
-    ("*.mlp.fc2.*put_quant", False), ("*_residual_quant", False), ("head*.output_quant", False),
+    ("patch_embed.proj.*put_quant", False), ("*norm*.output_quant", False), ("*.attn.qkv.output_quant", True),
+    ("*.attn.[qkv]_proj.output_quant", True), ("*.attn.scores_quant", False), ("*.attn.probs_quant", False),
+    ("*.attn.proj.*put_quant", True), ("*.mlp.fc2.*put_quant", True), ("*.in_proj.output_quant", True),
+    ("*out_proj.*put_quant", True), ("attn_pool.q.*put_quant", True), ("attn_pool.kv.output_quant", True),
+    ("attn_pool.proj.*put_quant", True), ("*_residual_quant", False), ("head*.output_quant", False),
     ("tokens_quant", True), ("pos_embed_quant", True), ("embed_quant", True),
     ("*.relative_position_bias_table_quant", True), ("*.downsample.reduction.output_quant", True),
     ("head.fc.input_quant", True),
@@ -89,6 +92,8 @@ def test_the_released_recipes_of_fq_vit_are_the_plain_ones_with_other_values():
     powers = PTF(8, zero="clipped")
     more = [
         Rule("*norm*.output_quant", IntegerNorm(8, zero="clipped", arithmetic="released")),
+        Rule("fc_norm.output_quant", Uniform(8, zero="clipped"), optional=True),
+        Rule("*.mlp.norm.output_quant", Uniform(8, zero="clipped"), optional=True),
         Rule("*_residual_quant", powers),
         Rule("embed_quant", powers, optional=True),
         Rule("*.downsample.reduction.output_quant", powers, optional=True),
@@ -206,7 +211,7 @@ def test_the_range_follows_from_width_and_sign(signed, qmin, qmax):
         ("- {spec: null}", "lacks 'match'"),
         ("- {match: 3, spec: null}", "rule 3: match must be a glob"),
         ("- {mach: '*', spec: null}", "has no option 'mach': did you mean 'match'"),
-        ("- {match: '*', spec: LSQ}", r"rule '\*': spec 'LSQ' is not a mapping"),
+        ("- {match: '*', spec: LSQ}", r"rule '\*': spec 'LSQ' is no mapping"),
         (
             "- {match: '*', spec: {class_pat: LSQ}}",
             r"rule '\*': spec has no option 'class_pat': did you mean 'class_path'",
@@ -217,9 +222,9 @@ def test_the_range_follows_from_width_and_sign(signed, qmin, qmax):
             "- {match: '*', spec: {class_path: LQS, init_args: {bits: 4}}}",
             "no quantizer is called 'LQS': choose from.* LSQ",
         ),
-        ("- {match: '*', spec: {class_path: no.such.Kind}}", "cannot import the quantizer 'no.such.Kind'"),
-        ("- {match: '*', spec: {class_path: pathlib.Kind}}", "cannot import the quantizer 'pathlib.Kind'"),
-        ("- {match: '*', spec: {class_path: pathlib.Path}}", "no quantizer is called 'pathlib.Path'"),
+        ("- {match: '*', spec: {class_path: no.such.Kind}}", "quantizer 'no.such.Kind' is no part of qat.*--trust"),
+        ("- {match: '*', spec: {class_path: qat.cli.Kind}}", "cannot import the quantizer 'qat.cli.Kind'"),
+        ("- {match: '*', spec: {class_path: qat.errors.QatError}}", "'qat.errors.QatError' is no quantizer"),
         (
             "- {match: 'a.*', spec: {class_path: LSQ, init_args: {bits: 4, grain: head}}}",
             r"rule 'a.\*': LSQ has no option 'grain': choose from bits, signed",
@@ -272,35 +277,63 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path):
 
 
 @pytest.fixture
-def outside(tmp_path, monkeypatch):
-    """A quantizer that is not part of the package: outside.Coarse."""
-    (tmp_path / "outside.py").write_text(
+def outside(request, tmp_path, monkeypatch):
+    """The dotted path of a quantizer that is not part of the package. Importing its module leaves a file behind."""
+    module = f"outside_{abs(hash(request.node.name))}"  # a class of an earlier test may still exist
+    (tmp_path / f"{module}.py").write_text(
         "from dataclasses import dataclass\n"
+        "from pathlib import Path\n"
         "from qat.recipe import Spec\n\n"
+        "Path(__file__).with_name('imported').touch()\n\n\n"
         "@dataclass(frozen=True)\n"
         "class Coarse(Spec):\n"
         "    strength: float = 1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    yield "outside.Coarse"
-    sys.modules.pop("outside", None)
+    yield f"{module}.Coarse"
+    sys.modules.pop(module, None)
 
 
 def test_a_quantizer_from_outside_is_named_by_its_dotted_path(outside):
-    spec = spec_from_dict({"class_path": outside, "init_args": {"bits": 4, "strength": 2.0}})
-    assert (type(spec).__module__, spec.width, spec.strength) == ("outside", 4, 2.0)
+    spec = spec_from_dict({"class_path": outside, "init_args": {"bits": 4, "strength": 2.0}}, trust=True)
+    assert (type(spec).__module__, spec.width, spec.strength) == (outside.partition(".")[0], 4, 2.0)
     assert spec.to_dict()["class_path"] == outside
-    assert spec_from_dict(spec.to_dict()) == spec
+    assert spec_from_dict(spec.to_dict()) == spec  # it is imported by now, so reading it runs nothing
+
+
+def test_a_file_imports_nothing_unless_it_is_trusted(outside, tmp_path):
+    coarse = {"class_path": outside, "init_args": {"bits": 4}}
+    recipe = recipe_file(tmp_path, [{"match": "*", "spec": coarse}])
+    for read in (lambda: spec_from_dict(coarse), lambda: build_recipe(recipe)):
+        with pytest.raises(QatError, match=rf"quantizer '{outside}' is no part of qat.*--trust"):
+            read()
+    assert not (tmp_path / "imported").exists()
+    assert type(build_recipe(recipe, trust=True)[0].spec).__name__ == "Coarse"
+    assert (tmp_path / "imported").exists()
+
+
+def test_rules_of_the_users_own_may_name_any_quantizer(outside):
+    rules = build_recipe("float", [{"match": "*", "spec": {"class_path": outside, "init_args": {"bits": 4}}}])
+    assert rules[0].spec.to_dict()["class_path"] == outside
+    typed = Namespace(match="*", spec=Namespace(class_path=outside, init_args=Namespace(bits=4)))
+    assert build_recipe("float", [typed]) == rules  # what jsonargparse makes of it
 
 
 def test_an_option_of_a_quantizer_from_outside_is_checked_too(outside):
     with pytest.raises(QatError, match="Coarse has no option 'strenght': did you mean 'strength'"):
-        spec_from_dict({"class_path": outside, "init_args": {"bits": 4, "strenght": 2.0}})
+        spec_from_dict({"class_path": outside, "init_args": {"bits": 4, "strenght": 2.0}}, trust=True)
 
 
 def test_a_quantizer_from_outside_does_not_take_the_place_of_ours(tmp_path, monkeypatch):
     (tmp_path / "shadow.py").write_text("from qat.recipe import Spec\n\n\nclass LSQ(Spec):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    spec_from_dict({"class_path": "shadow.LSQ", "init_args": {"bits": 4}})
+    spec_from_dict({"class_path": "shadow.LSQ", "init_args": {"bits": 4}}, trust=True)
     sys.modules.pop("shadow")
     assert type(spec_from_dict(LSQ4)) is LSQ
+
+
+def test_a_module_that_fails_when_it_is_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(QatError, match=r"cannot import the quantizer 'broken.Kind': division by zero"):
+        spec_from_dict({"class_path": "broken.Kind", "init_args": {"bits": 4}}, trust=True)

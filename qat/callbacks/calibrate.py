@@ -20,6 +20,7 @@ from qat.errors import QatError
 from qat.ptq import InitSteps, PTQMethod, site_errors
 from qat.ptq.options import CalibrationOptions
 from qat.runs.folder import CALIBRATED
+from qat.runs.stop import raise_if_told
 from qat.sites.insert import quantizers, raise_for_uncalibrated
 from qat.training.module import QATModule
 
@@ -105,6 +106,7 @@ class CalibrationImages:
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self.datamodule.calibration_batches(self.images, self.batch_size, self.seed):
+            raise_if_told()
             yield self.module.preprocessing.normalize(batch.to(self.module.device))
 
 

@@ -8,9 +8,10 @@ import lightning as L
 class FinalValidation(L.Callback):
     """Validates when training ends at a step that no validation has seen.
 
-    Training ends between two validations when ``max_steps`` or ``max_time`` ends it in the middle of a pass, or when
-    ``check_val_every_n_epoch`` does not divide the number of passes. The callback has to come before a weight average,
-    which replaces the weights by the average when training ends.
+    Training ends between two validations when ``max_steps`` ends it in the middle of a pass, or when
+    ``check_val_every_n_epoch`` does not divide the number of passes. A run that is stopped, also by ``max_time``, has
+    not ended: it is resumed, and ends with the numbers of a run that was not stopped. The callback has to come before a
+    weight average, which replaces the weights by the average when training ends.
     """
 
     def __init__(self) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from qat.errors import QatError
 from qat.ranges import Range, checked
+from qat.runs.writing import replacing
 from qat.sites.insert import WeightSite, weight_sites
 from qat.training.module import QATModule
 from qat.training.oscillation import Freezable, Oscillation
@@ -141,8 +142,7 @@ class OscillationTracker(L.Callback):
         """The table, one line per weight, then the totals; momentum and threshold are in its last columns."""
         rows = self.rows()
         settings = {"momentum": self.momentum, "threshold": self.threshold, "every": self.every}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as file:
             writer = csv.DictWriter(file, [field.name for field in fields(OscillationRow)] + list(settings))
             writer.writeheader()
             writer.writerows(asdict(row) | settings for row in [*rows, *self.totals(rows)])

@@ -13,7 +13,8 @@ import lightning as L
 from qat.data.folder import descriptions, wnids
 from qat.errors import QatError
 from qat.runs.writing import replacing, writing
-from qat.training.module import Prediction, QATModule
+from qat.training.module import QATModule
+from qat.training.records import Prediction
 
 
 class WritePredictions(L.Callback):

@@ -8,18 +8,22 @@ from typing import Any
 
 from qat.checkpoint import REPLACED_BY_A_CARD, Card
 from qat.errors import QatError
+from qat.models.arch import find_architecture
 from qat.recipe import Rule, read_rules
 
 TRAINER_KEYS = ("accumulate_grad_batches", "callbacks", "check_val_every_n_epoch", "devices", "gradient_clip_val",
                 "limit_train_batches", "max_epochs", "max_steps", "num_nodes", "precision", "strategy",
                 "val_check_interval")  # fmt: skip
-PLACES = frozenset({"root", "images", "workers", "val_batch_size", "teacher_checkpoint"})  # of a machine, not of a run
+PLACES = frozenset({"root", "images", "val_labels", "workers", "val_batch_size", "teacher_checkpoint", "trust"})
 RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")
 
 
 def check_agreement(card: Card, path: Path, given: Mapping[str, Any]) -> None:
     """Raise QatError when an option that was given contradicts the card of the checkpoint ``path``."""
-    options = given.get("model", None) or {}
+    options = dict((given.get("model", None) or {}).items())
+    if ":" in str(options.get("arch")):  # a folder or a repository of the hub, which a card describes by timm's name
+        named = find_architecture(options["arch"])
+        options |= {"arch": named.name, "model_args": {**named.model_args, **(options.get("model_args") or {})}}
     for key in ("arch", "model_args", "num_classes"):
         if options.get(key, None) is not None and options[key] != getattr(card, key):
             raise _contradiction(path, f"model.{key}", options[key], getattr(card, key))
@@ -65,9 +69,12 @@ def _same_recipe(given: dict[str, Any], rules: list[dict[str, Any]]) -> bool:
     if "recipe" not in given:
         return "rules" not in given
     try:
-        table = [Rule.from_dict(rule) for rule in [*read_rules(given["recipe"]), *given.get("rules", [])]]
+        named = [Rule.from_dict(rule) for rule in read_rules(given["recipe"])]
+        more = [Rule.from_dict(rule) for rule in given.get("rules", [])]
     except QatError:
         return False
+    known = {rule["match"] for rule in rules}  # a later version may have got rules for layers of other families
+    table = [*(rule for rule in named if not rule.optional or rule.match in known), *more]
     return len(table) == len(rules) and all(
         (theirs := rule.to_dict())["match"] == stored["match"] and _fits(theirs["spec"], stored["spec"], given)
         for rule, stored in zip(table, rules, strict=True)

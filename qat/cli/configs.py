@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
+from qat.cli.config_file import SECTIONS, check_trusted, is_loaded, read_config
 from qat.errors import QatError
 
 FLAGS = ("-c", "--config")
@@ -19,9 +20,12 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command, where every config is preceded by those that its key ``base`` names.
 
     Raises:
-        QatError: a config that is its own base, or ``--base`` on the command line.
+        QatError: a file that is no config, is its own base, or names classes that nobody trusts; ``--base`` on the
+            command line.
     """
     found: list[str] = []
+    trust = says_trust(arguments)
+    _check_other_files(arguments, trust)
     words = iter(arguments)
     for word in words:
         flag, _, value = word.partition("=")
@@ -33,11 +37,40 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
             found.append(word)
             continue
         value = value or next(words, "")
-        if "base:" in value:
-            raise QatError(f"base stands inside a config file, not in the text of an option: {value}")
-        for path in [*_bases(Path(value), ()), value]:
-            found += ["--config", str(path)]
+        if not value or value.startswith("--"):
+            raise QatError("--config stands without a value: give the path of a YAML file after it")
+        for file in [*_bases(path := Path(value).expanduser(), (), trust), path]:
+            found += ["--config", str(file)]
     return found
+
+
+def _check_other_files(arguments: Sequence[str], trust: bool) -> None:
+    """Refuse files that the parser would read beside those of ``--config``."""
+    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        option, value = flag.removeprefix("--"), value if equals else after
+        if flag.startswith("--") and option in SECTIONS:
+            raise QatError(f"{flag} is a group of options: give each as {flag}.NAME VALUE, or write them in a --config")
+        if flag.startswith("--") and not trust and is_loaded(option, value):
+            raise QatError(f"{flag} is the file {value}: write what it says into a --config, or give --trust true")
+
+
+def check_configs(arguments: Sequence[str]) -> None:
+    """Check the config files that a command names, of a verb whose configs have no bases."""
+    for path in given_configs(arguments):
+        if not path or path.startswith("--"):
+            raise QatError("--config stands without a value: give the path of a YAML file after it")
+        check_trusted(Path(path), read_config(Path(path)))
+
+
+def says_trust(arguments: Sequence[str]) -> bool:
+    """Whether a command line has ``--trust true``; the last one counts."""
+    found = ""
+    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag == "--trust":
+            found = value if equals else after
+    return found.lower() in ("true", "yes", "on")
 
 
 def given_configs(arguments: Sequence[str]) -> list[str]:
@@ -50,23 +83,22 @@ def given_configs(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def _bases(path: Path, inside: tuple[Path, ...]) -> list[Path]:
-    """The files that a config starts from, the farthest first."""
+def _bases(path: Path, inside: tuple[Path, ...], trust: bool) -> list[Path]:
+    """The files that a config starts from, the farthest first; each is checked."""
     if path.resolve() in inside:
         raise QatError(f"config {path} is its own base: {' -> '.join(map(str, (*inside, path)))}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return []  # the parser says what is wrong with the file
-    named = content.get("base") if isinstance(content, dict) else None
+    content = read_config(path)
+    if not trust:
+        check_trusted(path, content)
+    named = content.get("base")
     names = [] if named is None else named if isinstance(named, list) else [named]
     if not all(isinstance(name, str) for name in names):
         raise QatError(f"config {path}: base is {named}: give the path of a config, or a list of paths")
-    bases = [path.parent / name for name in names]
+    bases = [path.parent / Path(name).expanduser() for name in names]
     for base in bases:
         if not base.is_file():
             raise QatError(f"config {path}: there is no base {base}")
-    return [file for base in bases for file in (*_bases(base, (*inside, path.resolve())), base)]
+    return [file for base in bases for file in (*_bases(base, (*inside, path.resolve()), trust), base)]
 
 
 def read_old_class_paths() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from qat import checkpoint
-from qat.cli.configs import read_old_class_paths, with_bases
+from qat.cli.check_options import check_constructors, check_options, parse_options
+from qat.cli.configs import given_configs, read_old_class_paths, with_bases
 from qat.cli.options import plain_parser
+from qat.cli.parse import instantiate
 from qat.cli.settle import settle
+from qat.cli.summary import command, show
+from qat.runs.folder import find_checkpoint
 from qat.sites.describe import Cost, as_table, cost, describe, summary
 from qat.sites.insert import quantize
 from qat.training.options import ModelOptions
@@ -26,31 +31,40 @@ def run(verb: str, arguments: Sequence[str]) -> Cost:
     parser = plain_parser(verb, DESCRIPTION)
     parser.add_argument("--trainer", type=dict, default={}, help="Not used: a config of another verb may have it.")
     words = with_bases(arguments)
-    config, given = parser.parse_args(words), parser.parse_args(words, defaults=False)
-    settled = settle(verb, config, given, config.ckpt)
+    config, given = parse_options(parser, words, verb, [action.dest for action in parser._actions])
+    check_options(verb, config)
+    check_constructors(parser, config, config)
+    ckpt = config.ckpt
+    if ckpt is not None:
+        configs = given_configs(arguments)
+        ckpt = find_checkpoint(ckpt, config.runs, config.name or (Path(configs[0]).stem if configs else None))
+    settled = settle(verb, config, given, ckpt)
     if settled.ckpt is not None:
-        model, card = checkpoint.load(settled.ckpt), checkpoint.read(settled.ckpt)[0]
-        return show(model, card.arch, card.preprocessing["size"], config.full)
-    config.model.checkpoint = config.model.quant_checkpoint = None
-    options: ModelOptions = parser.instantiate(config).model
+        loaded = checkpoint.load(settled.ckpt, config.trust)
+        total = show_model(loaded, config.model.arch, config.data.preprocessing["size"], config.full)
+        show(command("validate", ckpt=settled.ckpt, data_root=config.data.root or "DIR"))
+        return total
+    config.model.checkpoint = config.model.checkpoint_key = config.model.quant_checkpoint = None
+    options: ModelOptions = instantiate(parser, config).model
     with torch.device("meta"):  # shapes are enough
         student = build_student(options)
         if not student.card.rules:  # the products of a float model are known once it has sites
             quantize(student.model, [])
-    return show(student.model, student.card.arch, student.card.preprocessing["size"], config.full)
+    total = show_model(student.model, student.card.arch, student.card.preprocessing["size"], config.full)
+    if len(files := given_configs(arguments)) == 1 and student.card.rules:
+        follows = "fit" if config.calibration.method is None else "validate"  # a method of its own: without training
+        show(command(follows, config=files[0], data_root=config.data.root or "DIR"))
+    return total
 
 
-def show(model: nn.Module, arch: str, size: int, full: bool) -> Cost:
+def show_model(model: nn.Module, arch: str, size: int, full: bool) -> Cost:
     """Print the table of a model and its cost for an image of ``size`` pixels; ``full``: a line for every site."""
-    console = Console()
-    console.print(as_table(describe(model), full))
+    Console().print(as_table(describe(model), full))
     total = cost(model, size)
-    console.print(f"{arch}: {summary(model)}", highlight=False, soft_wrap=True)
-    console.print(
+    show(
+        f"{arch}: {summary(model)}",
         f"size {total.size_mb:.2f} MB with weights packed at their width (float32: {total.float_size_mb:.2f} MB); "
         f"bit operations {total.bit_operations / 1e9:.2f} G per image "
         f"(float32: {total.float_bit_operations / 1e9:.2f} G)",
-        highlight=False,
-        soft_wrap=True,
     )
     return total

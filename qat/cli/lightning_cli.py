@@ -6,13 +6,13 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import lightning as L
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qat import checkpoint
@@ -20,32 +20,32 @@ from qat.callbacks import (
     Calibrate,
     ConsoleLog,
     EndTogether,
-    GradientRatio,
     PlaceModule,
     ProgressBar,
     RecordSites,
-    SaveLast,
 )
+from qat.callbacks.time_limit import TimeLimit
 from qat.cli.agreement import changes, run_options
-from qat.cli.check_trainer import check_trainer
+from qat.cli.check_options import check_constructors, check_options, parse_options
+from qat.cli.check_trainer import check_run, check_trainer
 from qat.cli.configs import given_configs, read_old_class_paths, with_bases
 from qat.cli.options import add_options
+from qat.cli.parse import SET_UP, instantiate
+from qat.cli.parts import all_loggers, as_list, best_of, check_processes, recorders
+from qat.cli.run_folder import RunFolder
+from qat.cli.run_of_ckpt import find_origin, origin_of
+from qat.cli.save_config import SaveConfig
 from qat.cli.settle import settle
-from qat.cli.trainer import Trainer
+from qat.cli.summary import after_training, show
+from qat.cli.trainer import TRAINER_DEFAULTS, Trainer
 from qat.data.imagenet import ImageNetDataModule
 from qat.errors import QatError
-from qat.runs.folder import LAST, AtomicCheckpoints, config_name, fresh_folder, last_folder
-from qat.runs.metrics import MetricsFile
-from qat.runs.process import first_process
+from qat.runs.checkpoint_io import AtomicCheckpoints
+from qat.runs.folder import LAST, config_name
+from qat.runs.stop import Stopped, deferred, raise_if_told
 from qat.training.module import QATModule
 
 log = logging.getLogger(__name__)
-TRAINER_DEFAULTS = {
-    "reload_dataloaders_every_n_epochs": 1,  # passes differ in crops per image
-    "use_distributed_sampler": False,  # the data module spreads the images itself
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,  # `qat describe` says more
-}
 NOT_OPTIONS = {  # arguments of the trainer's verbs that the command line gives itself
     "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
     "validate": {"model", "datamodule", "ckpt_path", "results_file"},
@@ -59,15 +59,17 @@ class QatCLI(LightningCLI):
     """One verb: its parser, its checks, and what it builds: ``model``, ``datamodule`` and ``trainer``."""
 
     def __init__(self, verb: str, arguments: Sequence[str]) -> None:
-        self.verb = verb
-        self.configs = given_configs(arguments)
+        self.verb, self.configs = verb, given_configs(arguments)
+        self.origin = find_origin(verb, arguments)
         self.trainer: Trainer
-        self._folder: Path | None = None
+        self.folder = RunFolder()
         try:
-            self._build_and_run(arguments)
+            with deferred():
+                self._build_and_run(self.origin.arguments(verb, arguments))
         except BaseException:
-            self._remove_empty_folder()
+            self.folder.close(refused=True)
             raise
+        self.folder.close(refused=False)
 
     def _build_and_run(self, arguments: Sequence[str]) -> None:
         super().__init__(
@@ -77,6 +79,7 @@ class QatCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             parser_kwargs={"prog": "qat", "exit_on_error": False},
             auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
             load_from_checkpoint_support=False,  # our checkpoints describe themselves
             args=[self.verb, *with_bases(arguments)],
         )
@@ -99,26 +102,28 @@ class QatCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep apart what was really given: a checkpoint must not be contradicted."""
-        self.config = parser.parse_args(args)
-        self.given = parser.parse_args(args, defaults=False)
+        known = [action.dest for action in self._subcommand_parsers[self.verb]._actions]
+        self.config, self.given = parse_options(parser, args, self.verb, known, get_type_hints(L.Trainer.__init__))
 
     def before_instantiate_classes(self) -> None:
         """Find the run folder of a resumed run, then settle everything before a model is built or downloaded."""
         config = self.config[self.verb]
         config.base = None  # its content is in the config by now
-        check_trainer(config.trainer)
-        self.resumed = self.verb == "fit" and str(config.ckpt) == "last"
-        if self.verb == "fit" and config.ckpt is not None and not self.configs:
-            raise QatError("qat fit --ckpt resumes a run: give its --config too, for the data, teacher and schedule")
-        ckpt = self._run_folder() / LAST if self.resumed else config.ckpt
-        settled = settle(self.verb, config, self.given[self.verb], ckpt)
+        check_options(self.verb, config)
+        check_trainer(config.trainer, self.verb, config.model.regularizers)
+        check_constructors(self.parser, self.config, config)
+        if self.origin.ckpt is None and config.ckpt is not None:  # it stands in a config
+            self.origin = origin_of(self.verb, config.ckpt, config.runs, self._name())
+        if self.origin.goes_on:
+            self._run_folder()  # nobody else may be writing there
+        settled = settle(self.verb, config, self.given[self.verb], self.origin.ckpt)
         self.ckpt, self.calibrates = settled.ckpt, settled.calibrates
 
     def instantiate_classes(self) -> None:
         """Build the data module, the trainer and the model from their options."""
-        self.config_init = self.parser.instantiate(self.config)
+        self.config_init = instantiate(self.parser, self.config)
         options = self.config_init[self.verb]
-        self.datamodule = ImageNetDataModule(options.data)
+        self.datamodule = ImageNetDataModule(options.data, options.model.classes)
         self.trainer = self.instantiate_trainer()  # what is wrong with it shows before weights are read or downloaded
         self.model = QATModule(options.model)
 
@@ -127,32 +132,39 @@ class QatCLI(LightningCLI):
         options = self.config_init[self.verb]
         config = options.trainer
         bar = sys.stdout.isatty() and config.enable_progress_bar is not False
-        callbacks = [*(config.callbacks or []), ProgressBar() if bar else ConsoleLog()]
+        callbacks = [*as_list(config.callbacks), ProgressBar() if bar else ConsoleLog()]
         if self.verb == "fit" or self.calibrates:
             kwargs["default_root_dir"] = run = self._run_folder()
-            kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpoints()]
+            kwargs["plugins"] = [*as_list(config.plugins), AtomicCheckpoints()]
         if self.verb == "fit":
-            callbacks += self._recorders(run, callbacks)
-            self.save_config_kwargs = {"config_filename": config_name(run)}
+            regularizes = bool(self.config[self.verb].model.regularizers)
+            callbacks += recorders(run, self.config[self.verb].save_every, regularizes, callbacks)
+            self.save_config_kwargs = {"config_filename": config_name(run), "folder": run}
             kwargs["max_epochs"] = len(self.datamodule.passes) if config.max_epochs is None else config.max_epochs
-            if config.logger in (None, True):
-                kwargs["logger"] = MetricsFile(run)
+            kwargs["logger"] = all_loggers(run, config.logger)
         else:
             self.save_config_callback = None
             kwargs |= {"logger": False, "enable_checkpointing": False}
-            callbacks += [RecordSites(self._folder)] if self._folder else []
+            callbacks += [RecordSites(self.folder.path)] if self.folder.path else []
         kwargs["enable_progress_bar"] = bar
         if self._runs_on_one_device():
             kwargs["devices"] = 1
-        calibrate = [Calibrate(options.calibration, self._folder)] if self.calibrates else []
-        callbacks = self._ordered([EndTogether(), PlaceModule(), *calibrate, *callbacks])
+        calibrate = [Calibrate(options.calibration, self.folder.path)] if self.calibrates else []
         try:
+            if config.max_time is not None:
+                callbacks.append(TimeLimit(config.max_time))
+                kwargs["max_time"] = None
+            callbacks = self._ordered([EndTogether(), PlaceModule(), *calibrate, *callbacks])
             trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except QatError:
+            raise
+        except (MisconfigurationException, *SET_UP) as error:
             raise QatError(f"trainer: {error}") from error
+        check_processes(trainer)
         if self.verb == "fit":
             accumulate = self.datamodule.plan_batches(trainer.world_size, config.accumulate_grad_batches)
             trainer.accumulate_grad_batches = accumulate
+        check_run(trainer, self.datamodule, self.verb)
         for callback in calibrate:
             callback.check_devices(trainer.world_size, trains=self.verb == "fit")
         return trainer
@@ -166,50 +178,38 @@ class QatCLI(LightningCLI):
         """Calibration comes first, a weight average after everything that still changes weights."""
         return sorted(callbacks, key=lambda callback: isinstance(callback, WeightAveraging))
 
-    def _recorders(self, run: Path, callbacks: list[Any]) -> list[Callback]:
-        """What a run saves: its table, the best checkpoint, selected on validation images, and the last one."""
-        best = ModelCheckpoint(
-            run, "best_on_val_{epoch}", monitor="val/top1", mode="max", save_top_k=1, auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )  # fmt: skip
-        found: list[Callback] = [RecordSites(run)]
-        regularizes = self.config[self.verb].model.regularizers
-        if regularizes and not any(isinstance(callback, GradientRatio) for callback in callbacks):
-            found.append(GradientRatio())
-        return [*found, best, SaveLast(run, self.config[self.verb].save_every)]
+    def _name(self) -> str | None:
+        """The name of the run, where one is given."""
+        return self.config[self.verb].name or (Path(self.configs[0]).stem if self.configs else None)
 
     def _run_folder(self) -> Path:
-        """Where the run goes; of several processes only the first makes a new folder, and only it writes there."""
-        if self._folder is None:
-            config = self.config[self.verb]
-            named = config.name or (Path(self.configs[0]).stem if self.configs else config.model.arch)
-            parent = config.runs / named
-            if self.resumed:
-                self._folder = last_folder(parent)
-            else:
-                self._folder = fresh_folder(parent) if first_process() else parent
-        return self._folder
-
-    def _remove_empty_folder(self) -> None:
-        """Leave no folder of a run that was refused before it began."""
-        if self._folder is not None and first_process():
-            with suppress(OSError):  # it is not empty
-                self._folder.rmdir()
-                self._folder.parent.rmdir()
+        return self.folder.open(self.config[self.verb], self.origin, self._name())
 
     def fit(self, **kwargs: Any) -> None:
         """Train, from a checkpoint if there is one; options that have changed since then are logged."""
         self.model.run_options = run_options(self.config[self.verb])
         step = -1
         if self.ckpt is not None:
-            step, before = _resumed_from(self.ckpt)
+            step, before = _resumed_from(self.ckpt, self.config[self.verb].trust)
             log.info("resuming from %s at step %d", self.ckpt, step)
             for change in changes(before, self.model.run_options):
                 log.info("changed since the checkpoint: %s", change)
-        self.trainer.fit(ckpt_path=self.ckpt, **kwargs)
-        top1 = self.trainer.callback_metrics.get("val/top1")
-        accuracy = "" if top1 is None else f", top-1 {float(top1):.2f} %"
-        log.info("training ended at step %d%s: %s", self.trainer.global_step, accuracy, self._run_folder() / LAST)
+        try:
+            self.trainer.fit(ckpt_path=self.ckpt, **kwargs)
+        except Stopped as stopped:
+            if stopped.signum:
+                raise
+            log.info("trainer.max_time is over: %s", stopped)
+            return
+        except QatError as error:
+            if self.trainer.global_step <= step or not (self._run_folder() / LAST).is_file() or "--ckpt" in str(error):
+                raise
+            raise QatError(f"{error}; then go on with --ckpt last") from error
+        raise_if_told(f"at step {self.trainer.global_step}, which was the last one")
+        if self.trainer.is_global_zero:
+            step_now, metrics = self.trainer.global_step, self.trainer.callback_metrics
+            root = self.config[self.verb].data.root
+            show(*after_training(step_now, metrics, self._run_folder() / LAST, best_of(self.trainer), root))
         if self.trainer.global_step == step:
             log.warning("nothing was left to train; a longer run has more data.crop_epochs or trainer.max_steps")
 
@@ -217,16 +217,18 @@ class QatCLI(LightningCLI):
         """Evaluate, a checkpoint if there is one."""
         warnings.filterwarnings("ignore", message=UNUSED)
         self.trainer.validate(ckpt_path=self.ckpt, results_file=self.config[self.verb].results_file, **kwargs)
+        raise_if_told()
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, with a checkpoint if there is one."""
         warnings.filterwarnings("ignore", message=UNUSED)
         self.trainer.predict(ckpt_path=self.ckpt, output=self.config[self.verb].output, **kwargs)
+        raise_if_told()
 
 
-def _resumed_from(ckpt: Path) -> tuple[int, dict[str, str]]:
+def _resumed_from(ckpt: Path, trust: bool) -> tuple[int, dict[str, str]]:
     """Step and options of a checkpoint, which is not kept open: the run will replace it."""
-    content = checkpoint.read(ckpt)[1]
+    content = checkpoint.read(ckpt, trust=trust)[1]
     return content["global_step"], content[checkpoint.KEY].get("options", {})
 
 

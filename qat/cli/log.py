@@ -12,7 +12,11 @@ NOISE = (
     ".*does not have many workers.*",  # the choice of data.workers
     ".*isinstance\\(treespec, LeafSpec\\).*",  # lightning 2.6 under torch 2.15
     "Checkpoint directory .* exists and is not empty",  # config.yaml lies there before the first checkpoint
+    "\\s*By default only one Jsonargparse",  # its next version refuses to import a class of os; so do we
+    "\\s*Importing '.*' is not allowed",
     ".*could not find the monitored key.*",  # training ended before the first validation
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # they are averaged over all images by then
+    ".*The dirpath has changed from.*",  # a run that starts from the checkpoint of another selects its own best one
 )
 CHATTY = ("lightning", "lightning.pytorch", "lightning.fabric")  # seeds, devices that are not there, advertisements
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import signal
 import sys
 import time
 from argparse import ArgumentError
@@ -18,6 +19,7 @@ import qat
 from qat.cli.log import quiet_libraries, set_up_logging
 from qat.errors import QatError, bad_input
 from qat.runs.process import first_process, keep_freed_memory
+from qat.runs.stop import Stopped, stoppable
 
 
 class Verb(NamedTuple):
@@ -46,6 +48,8 @@ verbs:
 
 `qat VERB --help` lists the options of a verb. Start with:
   qat describe --config configs/deit_t_w4a4.yaml"""
+WITH_A_MODEL = ("fit", "validate", "predict", "describe")  # their help is our own
+HELP = {"-h", "--help", "--help-all"}
 GRACE = 3.0  # seconds that another process than the first waits before it prints an error
 
 
@@ -63,8 +67,8 @@ def run(arguments: Sequence[str]) -> Any:
         near = get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(VERBS)}"
         raise QatError(f"no verb {verb!r}: {hint}")
-    if VERBS[verb].module == TRAINED and {"-h", "--help"} & set(rest):
-        return _load("qat.cli.options").print_help(verb, VERBS[verb].summary)
+    if verb in WITH_A_MODEL and (asked := HELP & set(rest)):
+        return _load("qat.cli.help").print_help(verb, VERBS[verb].summary, everything="--help-all" in asked)
     return _load(VERBS[verb].module).run(verb, rest)
 
 
@@ -82,12 +86,17 @@ def _load(module: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it succeeded, 2 with one line on stderr when the input was bad."""
+    """Run a command; 0 when it succeeded, 2 with one line on stderr when the input was bad, 143 or 130 when stopped."""
     set_up_logging()
     keep_freed_memory()
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
-    except (QatError, ArgumentError, ValueError) as error:
+        with stoppable():
+            run(sys.argv[1:] if arguments is None else arguments)
+    except Stopped as stopped:
+        if first_process():
+            print(f"qat: {stopped}", file=sys.stderr)
+        return stopped.code
+    except (QatError, ArgumentError, ValueError, OSError) as error:
         if (bad := bad_input(error)) is None:
             raise
         if not first_process():
@@ -99,4 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console() -> None:
     """Entry point of the command `qat`."""
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C while Python ends would print a traceback
+    sys.exit(code)

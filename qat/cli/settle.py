@@ -14,6 +14,7 @@ from qat import checkpoint
 from qat.cli.agreement import check_agreement
 from qat.errors import QatError
 from qat.models import default_preprocessing
+from qat.models.arch import has_one_size
 from qat.recipe import build_recipe
 
 log = logging.getLogger(__name__)
@@ -45,27 +46,36 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
         QatError: for the first thing that is wrong.
     """
     model, data = config.model, config.data
+    model.trust = trust = bool(config.get("trust", False))
     if ckpt is not None:
-        card, content = checkpoint.read(ckpt)
+        card, content = checkpoint.read(ckpt, trust=trust)
         if verb == "fit" and "optimizer_states" not in content:
             raise QatError(
                 f"{ckpt} holds weights only, no state of a run to resume: to start from them, give it as "
                 "--model.quant_checkpoint, with the recipe that it was made with"
             )
+        if verb != "describe":
+            checkpoint.check_run(content, card, str(ckpt), resumes=verb == "fit")
         check_agreement(card, ckpt, given)
         for key, value in card.options().items():
             model[key] = value
         data.preprocessing = card.preprocessing
     if model.arch is None:
         raise QatError("model.arch is not set: give the name of a timm model, a --config or a --ckpt")
-    table = build_recipe(model.recipe, model.rules or [], model.w_bits, model.a_bits)
+    table = build_recipe(model.recipe, model.rules or [], model.w_bits, model.a_bits, trust)
     stated = {**(model.preprocessing or {}), **(data.preprocessing or {})}
-    preprocessing = default_preprocessing(model.arch, model.model_args).override(stated)
+    default = default_preprocessing(model.arch, model.model_args)
+    preprocessing = default.override(stated)
+    if preprocessing.size != default.size and has_one_size(model.arch, model.model_args):
+        raise QatError(
+            f"data.preprocessing.size is {preprocessing.size}, but {model.arch} takes {default.size} pixels: give "
+            f"--model.model_args.img_size {preprocessing.size} in its place"
+        )
     data.preprocessing = model.preprocessing = preprocessing.to_dict()
     for part in (data, model):
         part.seed = config.seed_everything if part.seed is None else part.seed
     if model.quant_checkpoint is not None:
-        checkpoint.read(model.quant_checkpoint, "--model.quant_checkpoint")
+        checkpoint.read(model.quant_checkpoint, "--model.quant_checkpoint", trust)
     calibrates = bool(table) and ckpt is None and model.quant_checkpoint is None
     if given.get("calibration") and not calibrates:
         log.info("the model is calibrated already: calibration.* is not used")
@@ -73,6 +83,17 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
         from qat.data.check import check_data
 
         check_data(verb, model, data, ckpt, calibrates)
+        if calibrates:
+            _check_images(config.calibration.images, data)
     if verb != "fit":
         model.teacher = None
     return Settled(ckpt, calibrates)
+
+
+def _check_images(wanted: int, data: Any) -> None:
+    """Raise QatError where a calibration needs more training images than there are."""
+    from qat.data.classes import Tree
+
+    source = Tree.of(data).source("train")
+    if wanted > len(source):
+        raise QatError(f"calibration.images is {wanted}: {source.place} has {len(source)}, choose 1..{len(source)}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from qat.cli.configs import check_configs
 from qat.cli.log import quiet_libraries
+from qat.cli.parse import hints_of, instantiate, parse
 from qat.errors import QatError, first_line
 
 LABELS = """Let a teacher label many crops of every training image, into one HDF5 file that qat fit trains on. A run
@@ -57,7 +60,11 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     for word, text in tool.positional.items():
         parser.add_argument(word, metavar=word.upper(), type=Path, help=text)
     parser.add_class_arguments(tool.options, as_group=False, skip=set(tool.positional))
-    values = parser.instantiate(parser.parse_args(list(arguments)))
+    check_configs(arguments)
+    hints = get_type_hints(tool.options, include_extras=True)
+    groups = {"": hints} | {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    known = [action.dest for action in parser._actions]
+    values = instantiate(parser, parse(parser, arguments, hints_of(groups), known))
     options = tool.options(**{key: value for key, value in values.items() if key != "config"})
     try:
         tool.work(options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +14,11 @@ import lightning as L
 import torch
 
 from qat.callbacks import Calibrate, WritePredictions
+from qat.cli.check_paths import check_folder
 from qat.cli.summary import after_validation, show
 from qat.errors import QatError
 from qat.runs.folder import CALIBRATED
+from qat.runs.writing import replacing
 from qat.sites.describe import cost, summary
 from qat.training.module import QATModule
 
@@ -67,6 +69,7 @@ class Trainer(L.Trainer):
         check_folder("--results_file", results_file)
         started = time.perf_counter()
         (metrics,) = super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        _raise_unless_finite(metrics["val/loss"], model)
         calibrators = [c for c in self.callbacks if isinstance(c, Calibrate)]  # type: ignore[attr-defined]
         seconds = time.perf_counter() - started - sum(callback.seconds for callback in calibrators)
         results = {key: metrics[f"val/{key}"] for key in ("top1", "top5", "loss")}
@@ -77,7 +80,8 @@ class Trainer(L.Trainer):
             show(*after_validation(results, ckpt_path, calibrated))
             for file in [*folders, results_file]:
                 if file is not None:
-                    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+                    with replacing(file) as opened:
+                        opened.write(json.dumps(results, indent=2) + "\n")
         return results
 
     def predict(  # type: ignore[override]
@@ -94,9 +98,10 @@ class Trainer(L.Trainer):
         if output is None:
             raise QatError("qat predict writes a table: give --output predictions.csv")
         check_folder("--output", output)
-        self.callbacks.append(WritePredictions(output, model.card.classes))  # type: ignore[attr-defined]
+        table = WritePredictions(output, model.card.classes)
+        self.callbacks.append(table)  # type: ignore[attr-defined]
         super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
-        log.info("wrote %s", output)
+        show(f"predictions of {table.images} images: {output}")
 
 
 def _has_idle_tensor_cores(device: torch.device) -> bool:
@@ -104,6 +109,15 @@ def _has_idle_tensor_cores(device: torch.device) -> bool:
     if device.type != "cuda" or torch.get_float32_matmul_precision() != "highest":
         return False
     return torch.cuda.get_device_capability(device)[0] >= 8  # Ampere
+
+
+def _raise_unless_finite(loss: float, model: QATModule) -> None:
+    """Raise QatError, with its cause, for a loss that is no number: accuracies beside it mean nothing."""
+    if math.isfinite(loss):
+        return
+    broken = next((name for name, value in model.model.state_dict().items() if not torch.isfinite(value).all()), None)
+    cause = f"{broken} has values that are not finite" if broken else "activations overflow"
+    raise QatError(f"the validation loss is {loss}: {cause}; give another checkpoint, or another trainer.precision")
 
 
 def _about(model: QATModule) -> dict[str, Any]:
@@ -116,13 +130,3 @@ def _about(model: QATModule) -> dict[str, Any]:
         "float_size_mb": round(size.float_size_mb, 3),
         "calibration": model.calibration,
     }
-
-
-def check_folder(option: str, path: Path | None) -> None:
-    """Raise QatError, before any work, when ``path`` cannot be written."""
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise QatError(f"{option} {path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise QatError(f"{option} {path} cannot be written: give the name of a file in a folder that can")

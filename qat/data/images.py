@@ -22,7 +22,7 @@ from qat.data.crops import CropDistribution, draw, replay
 from qat.data.decode import new_images, read_image, reason, to_image, to_tensor
 from qat.data.source import Source
 from qat.data.streams import rng_for
-from qat.data.worker import leave_signals_to_the_main_process
+from qat.data.worker import leave_signals_to_the_main_process, let_other_threads_finish
 from qat.errors import QatError
 from qat.preprocessing import Preprocessing
 
@@ -181,6 +181,12 @@ class Loader(DataLoader[Batch]):
 
     Where to resume is in the state of the data module.
     """
+
+    def __iter__(self) -> Any:
+        """Start the workers, in a moment in which a fork is safe."""
+        if self.num_workers:
+            let_other_threads_finish()
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the empty state."""

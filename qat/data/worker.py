@@ -1,10 +1,14 @@
-"""Processes that load images leave it to the main process when to end."""
+"""Processes that load images: how they start, and that they leave it to the main process when to end."""
 
 from __future__ import annotations
 
 import signal
+import time
+
+from torch import distributed
 
 PATIENCE = 20  # seconds
+SETTLED = 0.1  # seconds
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
@@ -18,3 +22,14 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     if hasattr(signal, "SIGALRM"):  # not on Windows
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))
+
+
+def let_other_threads_finish() -> None:
+    """Wait a moment before workers are forked, where several processes train.
+
+    Lightning compares the lengths of loaders over all processes right before. The thread of gloo that has done so then
+    gives its tensors back to Python, for which it takes a lock of the interpreter. A worker that is forked in that very
+    moment would find the lock taken by a thread that it does not have, and wait for ever.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        time.sleep(SETTLED)

@@ -17,15 +17,17 @@ EMBEDDINGS = ("pos_embed", "cls_token", "dist_token", "reg_token")
 def param_groups(model: nn.Module, weight_decay: float, lr: float, step_lr: float) -> list[dict[str, Any]]:
     """Groups for an optimizer: steps and offsets at rate ``step_lr``, the rest at ``lr``; only weights are decayed.
 
-    timm leaves biases, norms and other one-dimensional parameters undecayed; `EMBEDDINGS` are undecayed too.
+    timm leaves biases, norms and other one-dimensional parameters undecayed; `EMBEDDINGS` are undecayed too. The groups
+    are the same for every ``weight_decay``, zero too, so that a run can resume with another one.
     """
     own: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list={*own, *EMBEDDINGS})
+    groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list={*own, *EMBEDDINGS})
     steps = [p for _, quantizer in quantizers(model) for p in quantizer.parameters() if p.requires_grad]
     taken = {id(p) for p in steps}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
         group["lr"] = lr
+        group["weight_decay"] *= weight_decay
     groups.append({"params": steps, "weight_decay": 0.0, "lr": step_lr})
     return [group for group in groups if group["params"]]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat.checkpoint import Card
 from qat.errors import QatError
-from qat.models.build import load_strictly
+from qat.models.loading import load_strictly
 from qat.official.layout import OfficialLayout, Places, Table
 from qat.official.steps import (
     GELU,
@@ -72,7 +72,7 @@ def convert(
     Args:
         table: names and tensors of the file, without the prefix ``module.``.
         arch: timm name of the model; inferred from names and sizes when None.
-        classes: class names in label order, kept on the card of a quantized model.
+        classes: class names in label order, kept on the card of a quantized model whose head has as many outputs.
         model_args: further arguments of the timm constructor for a quantized model, also kept on its card, for example
             ``eval_permutation`` of SReT.
         reduction_bits: width of the weights that merge patches in a quantized Swin: ``8`` refuses every other width,
@@ -113,7 +113,10 @@ def _convert_quantized(
     widths = read_widths(table, places, layout, reduction_bits)
     state = official.fuse() | _read_steps(table, places, widths, offsets)
     rules = _rules(layout, widths, offsets)
-    card = Card(official.arch, model_args, official.outputs, rules, VVTQ_PREPROCESSING.to_dict(), list(classes))
+    names = list(classes) if len(classes) == official.outputs else []
+    if classes and not names:
+        log.warning("the head has %d outputs, whose names are not known: %d were given", official.outputs, len(classes))
+    card = Card(official.arch, model_args, official.outputs, rules, VVTQ_PREPROCESSING.to_dict(), names)
     _check_card(card, state, widths, offsets)
     return Converted(official.arch, state, card)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ from torch import Tensor
 
 from qat.checkpoint import KEY, PREFIX
 from qat.data.folder import wnids
-from qat.errors import QatError, first_line
+from qat.errors import QatError
+from qat.models.torch_file import read_foreign, reason
+from qat.models.weights import choose_table, without_prefixes
 from qat.official.conversion import Converted, convert
 from qat.official.steps import ReductionBits
 
 log = logging.getLogger(__name__)
-CONTAINERS = ("model", "state_dict")  # keys of the table: official float files, and VVTQ
-MODULE = "module."  # the prefix that DataParallel and DistributedDataParallel add
 WRITTEN_BY = {"pytorch-lightning_version": "2.5.0"}  # Lightning migrates a checkpoint from this version to its own
 
 
@@ -41,6 +40,8 @@ class ConvertOptions:
         input: official .pth or .pth.tar file.
         output: .safetensors for float weights, .ckpt for a quantized model.
         arch: timm name of the model; inferred from names and sizes when left out.
+        checkpoint_key: which table of weights is read, where the file holds several, for example model_ema; averaged
+            weights when left out.
         reduction_bits: width of the weights that merge patches in a quantized Swin: 8 refuses a file with another
             width there, trained keeps that width.
         eval_permutation: order of tokens in a quantized SReT: portable (default), identity, or a seed.
@@ -50,55 +51,36 @@ class ConvertOptions:
     input: Path
     output: Path
     arch: str | None = None
+    checkpoint_key: str | None = None
     reduction_bits: ReductionBits = "8"
     eval_permutation: int | str | None = None
     force: bool = False
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """The table of weights in a file, without the prefix ``module.``.
 
+    Args:
+        path: an official file, or one of VVTQ; objects that it holds beside the weights are not read.
+        key: name of the table, where the file holds several; averaged weights are taken first when None.
+
     Raises:
-        QatError: for a file that is missing or damaged, that would run code, or in which the table is ambiguous.
+        QatError: for a file that is missing, damaged, or that needs no conversion, or without a table of weights.
     """
     if not path.is_file():
         raise QatError(f"no file {path}: give an official .pth or .pth.tar file, or one of VVTQ")
+    if path.suffix.lower() == ".safetensors":
+        raise QatError(f"{path} needs no conversion: give it as --model.checkpoint, with --model.arch NAME")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_foreign(path)
     except Exception as error:  # a damaged pickle can raise anything
-        raise load_error(path, error) from None
-    keys = [str(key) for key in content] if isinstance(content, Mapping) else []
-    found = [key for key in CONTAINERS if key in keys]
-    if len(found) != 1 or not isinstance(table := content[found[0]], Mapping):
-        raise QatError(
-            f"{path} has {keys[:5]}: one table, 'model' or 'state_dict', must hold the weights; keep that one"
-        )
-    for name, value in table.items():
-        if not isinstance(name, str):
-            raise QatError(f"{path}: the name {name!r} is not a string: keep only the weights")
-        if not isinstance(value, Tensor):
-            raise QatError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor: keep only the weights")
-    if left := [key for key in keys if key not in found]:
+        raise QatError(f"cannot read {path}, it may be damaged or incomplete: {reason(error)}") from None
+    if isinstance(content, Mapping) and KEY in content:
+        raise QatError(f"{path} was written by qat and needs no conversion: give it as --ckpt")
+    chosen, table = choose_table(content, path, key, "checkpoint_key")
+    if left := [str(name) for name in content if chosen in content and name != chosen]:
         log.info("left out: %s", ", ".join(left))
-    return without_prefix(table)
-
-
-def without_prefix(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The table with one ``module.`` removed from every name; unchanged if no name has it, QatError if only some do."""
-    bare = [name for name in table if not name.startswith(MODULE)]
-    if bare and len(bare) < len(table):
-        raise QatError(f"{bare[0]!r} lacks the prefix {MODULE!r} that other names have: give the table of one model")
-    return {name.removeprefix(MODULE): value for name, value in table.items()}
-
-
-def load_error(path: Path, error: Exception) -> QatError:
-    """The error for a file that does not load with ``weights_only=True``, with what a user can do about it."""
-    if foreign := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
-        return QatError(
-            f"{path} holds a {foreign[1]}, which only a loader that may also run code from the file can read: if you "
-            "trust it, torch.load it with weights_only=False and torch.save {'state_dict': its weights} to a new file"
-        )
-    return QatError(f"cannot read {path}, it may be damaged or incomplete: {first_line(error)}")
+    return without_prefixes(table, path)
 
 
 def check_output(output: Path, source: Path, force: bool) -> None:
@@ -146,6 +128,8 @@ def convert_file(options: ConvertOptions) -> None:
     """
     check_output(options.output, options.input, options.force)
     model_args = {} if options.eval_permutation is None else {"eval_permutation": options.eval_permutation}
-    converted = convert(read(options.input), options.arch, wnids(), model_args, options.reduction_bits)
+    converted = convert(
+        read(options.input, options.checkpoint_key), options.arch, wnids(), model_args, options.reduction_bits
+    )
     write(converted, options.output)
     log.info("%s: %s", options.output, summary(converted))

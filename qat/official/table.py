@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qat.errors import QatError
 from qat.models import build_float
+from qat.models.arch import find_architecture
 from qat.official.deit import DeiTLayout
 from qat.official.layout import SPLIT, OfficialLayout, Table
 from qat.official.sret import SReTLayout
@@ -92,15 +93,23 @@ def identify(table: Table, arch: str | None) -> OfficialTable:
     split = _is_split(table)
     layout = _find_layout(table, arch)
     arch = arch or layout.find_arch(table)
-    return OfficialTable(table, layout, arch, split, *_outline(arch))
+    return OfficialTable(table, layout, arch, split, *_outline(arch, _count_outputs(table, layout, arch)))
 
 
 @cache
-def _outline(arch: str) -> tuple[Table, int]:
-    """The weights of a model on the device ``meta``, and the number of outputs of its head."""
+def _outline(arch: str, outputs: int | None) -> tuple[Table, int]:
+    """The weights of a model on the device ``meta``, and the number of outputs of its head; timm's where None."""
     with torch.device("meta"):
-        model: Any = build_float(arch, None)
+        model: Any = build_float(arch, None, outputs)
     return model.state_dict(), model.num_classes
+
+
+def _count_outputs(table: Table, layout: OfficialLayout, arch: str) -> int | None:
+    """How many outputs the head in a file has; None where there is none."""
+    names = find_architecture(arch).cfg.get("classifier") or "head"
+    first = names if isinstance(names, str) else names[0]
+    weight = table.get(layout.rename(f"{first}.weight"))
+    return len(weight) if weight is not None and weight.ndim == 2 and len(weight) > 1 else None
 
 
 def _find_layout(table: Table, arch: str | None) -> OfficialLayout:

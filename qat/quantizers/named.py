@@ -22,9 +22,7 @@ def spec_from_dict(spec: Any, trust: bool = False) -> Spec:
     """
     spec = plain(spec)
     if not isinstance(spec, Mapping):
-        raise QatError(
-            f"spec {shown(spec)} is no mapping: write {{class_path: LSQ, init_args: {{bits: 4}}}} or null"
-        )
+        raise QatError(f"spec {shown(spec)} is no mapping: write {{class_path: LSQ, init_args: {{bits: 4}}}} or null")
     check_keys(spec, ("class_path", "init_args"), required=("class_path",), where="spec")
     kind = _find_kind(spec["class_path"], trust)
     options = plain(spec.get("init_args") or {})

@@ -1,19 +1,24 @@
-"""The folder of a run, RUNS/NAME/DATE, and checkpoints in it that survive a killed process."""
+"""The folder of a run, RUNS/NAME/DATE, and which checkpoint ``--ckpt`` means."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from qat.errors import QatError
 
 LAST = "last.ckpt"
 CALIBRATED = "ptq.ckpt"
+NEWEST = Path("last")  # the word that stands for the newest run
+CONFIG = "config.yaml"
+
+
+def parent_of_runs(runs: Path, name: str) -> Path:
+    """The folder RUNS/NAME of all runs of one name; QatError when the name would lead to another place."""
+    if not name or Path(name).is_absolute() or {"..", "."} & set(name.replace("\\", "/").split("/")):
+        raise QatError(f"--name is {name!r}: give the name of a folder below --runs, such as deit_t_w4a4")
+    return runs / name
 
 
 def fresh_folder(parent: Path) -> Path:
@@ -30,38 +35,72 @@ def fresh_folder(parent: Path) -> Path:
     raise QatError(f"--runs: {parent} has 99 runs that were started in this second")
 
 
-def last_folder(parent: Path) -> Path:
-    """The newest run below ``parent``; QatError if there is none, or if it has no last.ckpt to resume from.
+def last_folder(runs: Path, name: str | None = None) -> Path:
+    """The newest run in ``runs``, or of one name; QatError if there is none, or if it has no last.ckpt.
 
-    A folder without a config does not count: its command was refused before training started.
+    A folder without a config does not count: its command ended before training started.
     """
-    folders = sorted(path.parent for path in parent.glob("*/config.yaml"))
+    parent = runs if name is None else parent_of_runs(runs, name)
+    depth = "*/*" if name is None else "*"
+    folders = [path.parent for path in parent.glob(f"{depth}/{CONFIG}")]
     if not folders:
-        raise QatError(f"--ckpt last: no run in {parent} to resume; leave --ckpt out to start")
-    if not (folders[-1] / LAST).is_file():
+        raise QatError(f"--ckpt last: no run in {parent}; --runs says where runs are, --name which ones are meant")
+    newest = max(folders, key=_age)
+    if not (newest / LAST).is_file():
         raise QatError(
-            f"--ckpt last: the newest run, {folders[-1]}, ended before its first {LAST}; leave --ckpt out to start "
-            "again, or give the checkpoint of an older run as --ckpt FILE"
+            f"--ckpt last: the newest run, {newest}, ended before its first {LAST}; leave --ckpt out to start again, "
+            "or give the checkpoint or the folder of an older run as --ckpt"
         )
-    return folders[-1]
+    return newest
+
+
+def find_checkpoint(ckpt: Path, runs: Path, name: str | None) -> Path:
+    """The file that ``--ckpt`` means.
+
+    Args:
+        ckpt: a file, the folder of a run, or the word ``last`` for the newest run.
+        runs: folder of all runs.
+        name: name of the runs among which the newest is meant; all when None.
+
+    Raises:
+        QatError: there is no such run, or its folder has no checkpoint.
+    """
+    if ckpt == NEWEST:
+        return last_folder(runs, name) / LAST
+    if not ckpt.is_dir():
+        return ckpt
+    for file in (ckpt / LAST, ckpt / CALIBRATED):
+        if file.is_file():
+            return file
+    raise QatError(f"--ckpt: the folder {ckpt} has no {LAST} and no {CALIBRATED}: give that of a run, RUNS/NAME/DATE")
+
+
+def names_a_run(ckpt: Path) -> bool:
+    """Whether ``--ckpt`` names a run, which goes on in its folder, and not a file, from which a new run starts."""
+    return ckpt == NEWEST or ckpt.is_dir()
 
 
 def config_name(folder: Path) -> str:
     """config.yaml for the first start of a run, config_2.yaml when it is resumed, and so forth."""
-    names = ("config.yaml", *(f"config_{n}.yaml" for n in range(2, 10_000)))
-    return next(name for name in names if not (folder / name).exists())
+    return next(name for name in _config_names() if not (folder / name).exists())
 
 
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a new checkpoint beside the old one and then replaces it, so that there is always a complete one."""
+def newest_config(folder: Path) -> Path | None:
+    """The config that the run in a folder was started or resumed with last."""
+    found = None
+    for name in _config_names():
+        if not (folder / name).is_file():
+            return found
+        found = folder / name
+    return found
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write, flush to the disk, rename."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
+
+def _config_names() -> Iterable[str]:
+    return (CONFIG, *(f"config_{n}.yaml" for n in range(2, 10_000)))
+
+
+def _age(folder: Path) -> tuple[str, int]:
+    """What sorts runs by the time of their start: date and time, then the number of those in the same second."""
+    date, _, number = folder.name.partition("_")
+    time, _, suffix = number.rpartition("-") if number.count("-") == 3 else (number, "", "1")
+    return f"{date}_{time}", int(suffix) if suffix.isdecimal() else 1

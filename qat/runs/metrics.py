@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from qat.errors import QatError
+from qat.runs.writing import replacing, writing
 
 
 class MetricsFile(Logger):
@@ -59,25 +63,25 @@ class MetricsFile(Logger):
             return
         new = sorted({name for entry in self._pending for name in entry} - set(self._columns))
         if new or not self.rows:
-            self._columns = sorted([*self._columns, *new])
-            self._rewrite([*self._read(), *self._pending])
+            self._rewrite([*self._read(), *self._pending], sorted([*self._columns, *new]))
         else:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns).writerows(self._pending)
         self.rows += len(self._pending)
         self._pending = []
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the pending entries."""
-        self.save()
+        """Write the pending entries; after an error, of which the user is about to hear, only where that works."""
+        with suppress(QatError) if status == "failed" else nullcontext():
+            self.save()
 
     @rank_zero_only
     def keep(self, rows: int) -> None:
         """Keep the first ``rows`` entries of the file: a resumed run logs those after its checkpoint again."""
         entries = self._read()[:rows]
-        self._columns, self.rows = list(entries[0]) if entries else [], len(entries)
-        self._rewrite(entries)
+        self._rewrite(entries, list(entries[0]) if entries else [])
+        self.rows = len(entries)
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
@@ -85,10 +89,9 @@ class MetricsFile(Logger):
         with self.path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def _rewrite(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
+    def _rewrite(self, entries: Iterable[Mapping[str, Any]], columns: list[str]) -> None:
+        with replacing(self.path) as file:
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(entries)
-        part.replace(self.path)
+        self._columns = columns

@@ -6,7 +6,7 @@ Shapes: B crops in a step, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -31,36 +31,17 @@ from qat.training.finite import FiniteCheck
 from qat.training.length import total_steps
 from qat.training.losses import cross_entropy, entropy
 from qat.training.options import ModelOptions
+from qat.training.records import Prediction, StepRecord
 from qat.training.regularizers import named
 from qat.training.schedules import cosine_with_warmup
 from qat.training.student import build_student
 from qat.training.teacher import Teacher, build_teacher
 
 
-class Prediction(NamedTuple):
-    """What `predict_step` returns for a batch."""
-
-    paths: tuple[str, ...]
-    classes: Tensor  # (B, 5) int64, most probable first
-    probs: Tensor  # (B, 5)
-
-
-class StepRecord(NamedTuple):
-    """What a batch has to log. Keeping it costs nothing: numbers are computed, and fetched, only in a logged step."""
-
-    loss: Tensor  # without penalties
-    soft_labels: Tensor | TopK | None
-    penalties: dict[str, Tensor]  # weighted, by the name of the regularizer
-    rates: dict[str, float]
-    crops: int
-    due: bool  # Lightning writes the metrics of this step
-
-
 class QATModule(L.LightningModule):
     """Quantization-aware training of a timm model.
 
-    On one device, a training step makes the host wait only where Lightning writes its metrics. With several, Lightning
-    itself asks at every step whether a process was told to end.
+    A training step makes the host wait for the device only where Lightning writes its metrics.
     """
 
     def __init__(self, options: ModelOptions) -> None:
@@ -76,10 +57,14 @@ class QATModule(L.LightningModule):
         # In a tuple, so that it is no submodule: a teacher has no place in the checkpoint or the optimizer.
         self.teacher: tuple[Teacher, ...] = ()
         if options.teacher is not None:
-            self.teacher = (build_teacher(options.teacher, options.teacher_checkpoint, outputs, options.classes),)
+            self.teacher = (
+                build_teacher(
+                    options.teacher, options.teacher_checkpoint, outputs, options.classes, trust=options.trust
+                ),
+            )
         self.top1 = MulticlassAccuracy(outputs, average="micro")
         self.top5 = MulticlassAccuracy(outputs, average="micro", top_k=min(5, outputs))
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy=torch.nan)  # keep it: without it, nothing would seem to be validated
         self.finite = FiniteCheck()
         self.project: Projection | None = None
         self.record: StepRecord | None = None  # of the last batch, until it is logged
@@ -188,7 +173,8 @@ class QATModule(L.LightningModule):
             teacher.to(self.device)
 
     def on_train_start(self) -> None:
-        """Let the options of the optimizer win over those that a checkpoint has restored."""
+        """Let the options of the run win over those that a checkpoint has restored: its length, and the optimizer's."""
+        self.total = total_steps(self.trainer)
         (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         assert isinstance(config.scheduler, LambdaLR)
         regroup(optimizer, config.scheduler, self.groups(), betas=self.options.betas, eps=self.options.eps)
@@ -210,7 +196,9 @@ class QATModule(L.LightningModule):
         self.val_loss.update(F.cross_entropy(logits, batch.labels), weight=len(batch.images))
 
     def on_validation_epoch_end(self) -> None:
-        """Log top-1 and top-5 in percent, and the mean cross-entropy on labels."""
+        """Log top-1 and top-5 in percent, and the mean cross-entropy on labels; QatError where no image was read."""
+        if not torch.as_tensor(self.all_gather(self.val_loss.weight)).sum():
+            raise QatError("not a single validation image could be read, so nothing can be measured")
         self.log("val/top1", 100 * self.top1.compute(), prog_bar=True)
         self.log("val/top5", 100 * self.top5.compute())
         self.log("val/loss", self.val_loss.compute(), prog_bar=True)
@@ -252,5 +240,6 @@ class QATModule(L.LightningModule):
         """Raise QatError when the checkpoint holds another model, or lacks a callback that its run needs to resume."""
         trainer: L.Trainer = self.trainer
         averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        check_restored(checkpoint, self.card, resumes=trainer.state.fn == TrainerFn.FITTING, averages=averages)
+        resumes = trainer.state.fn == TrainerFn.FITTING
+        check_restored(checkpoint, self.card, self.model, resumes, averages)
         self.calibration = checkpoint[KEY].get("calibration", {})

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from qat.errors import QatError
+from qat.model_args import check_model_args
+from qat.preprocessing import check_partial
+from qat.ranges import Range, Seed, check_fields
 from qat.training.regularizers import Regularizer
+
+Rate = Annotated[float, Range(above=0, high=1e30)]  # AdamW moves a weight by so much, and float32 ends at 3.4e38
+Beta = Annotated[float, Range(0, below=1)]
+Width = Annotated[int, Range(2, 16)]
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,8 @@ class ModelOptions:
         arch: timm model name, for example deit_tiny_patch16_224.
         checkpoint: float weights to start from: pretrained (those that timm names), a .safetensors, .pth or .ckpt
             file, or null for random weights.
+        checkpoint_key: which table of weights is read, where a file holds several, for example model_ema; null takes
+            averaged weights where there are some, and says so.
         num_classes: outputs of the head; follows the data when null.
         model_args: further arguments of the timm constructor, for example {img_size: 384}.
         fresh_head: start from a random head instead of the one in the checkpoint.
@@ -46,35 +55,41 @@ class ModelOptions:
         preprocessing: evaluation transform (size, resize, interpolation, mean, std); timm's for arch when null.
             The command line takes it from data.preprocessing.
         classes: class names in label order, kept in the checkpoint. The command line takes them from the data.
+        trust: quantizers that a checkpoint or the file of a recipe names by a dotted path may be imported. The command
+            line takes it from --trust.
     """
 
     arch: str | None = None
     checkpoint: str | None = "pretrained"
-    num_classes: int | None = None
+    checkpoint_key: str | None = None
+    num_classes: Annotated[int, Range(2, 1_000_000)] | None = None
     model_args: dict[str, Any] | None = None
     fresh_head: bool = False
     quant_checkpoint: Path | None = None
-    drop_path: float = 0.0
+    drop_path: Annotated[float, Range(0, below=1)] = 0.0
     recipe: str = "float"
     rules: list[dict[str, Any]] | None = None
-    w_bits: int | None = None
-    a_bits: int | None = None
+    w_bits: Width | None = None
+    a_bits: Width | None = None
     compile: bool = False
     teacher: str | None = None
     teacher_checkpoint: str = "pretrained"
     regularizers: list[Regularizer] | None = None
-    lr: float = 5e-4
-    step_lr: float | None = None
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    weight_decay: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    seed: int | None = None
+    lr: Rate = 5e-4
+    step_lr: Rate | None = None
+    min_lr: Annotated[float, Range(0)] = 0.0
+    warmup_steps: Annotated[int, Range(0, 1_000_000_000)] = 0
+    weight_decay: Annotated[float, Range(0, 1_000_000)] = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[float, Range(above=0, high=1)] = 1e-8
+    seed: Seed | None = None
     preprocessing: dict[str, Any] | None = None
     classes: list[str] | None = None
+    trust: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("lr", self.lr), ("step_lr", self.step_lr)):
-            if value is not None and not value > 0:
-                raise QatError(f"model.{name} is {value}: it must be positive")
+        check_fields(self, "model.")
+        if self.min_lr > self.lr:
+            raise QatError(f"model.min_lr is {self.min_lr}, above model.lr {self.lr}: the cosine leads down to it")
+        check_model_args(self.model_args or {})
+        check_partial(self.preprocessing or {}, "model.preprocessing.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qat import checkpoint as checkpoints
 from qat.errors import QatError
 from qat.models import build_float, default_preprocessing
+from qat.models.arch import find_architecture
 from qat.preprocessing import Preprocessing
 
 
@@ -53,6 +54,7 @@ def build_teacher(
     num_classes: int,
     classes: Sequence[str] | None = None,
     option: str = "model.teacher",
+    trust: bool = False,
 ) -> Teacher:
     """A teacher from timm, or from a checkpoint of ours, float or quantized.
 
@@ -62,15 +64,17 @@ def build_teacher(
         num_classes: classes of the student; QatError when the teacher has another number.
         classes: their names; QatError when a checkpoint of ours has others, or the same in another order.
         option: the name of ``arch`` in errors.
+        trust: quantizers that a checkpoint of ours names by a dotted path may be imported.
     """
-    card = checkpoints.find_card(weights)
-    if card is None:
-        try:
+    try:
+        card = checkpoints.find_card(weights, trust)
+        if card is None:
             return Teacher(build_float(arch, weights), default_preprocessing(arch), num_classes)
-        except QatError as error:
-            raise QatError(f"{option}: {error}") from None
-    if card.arch != arch:
+        model = checkpoints.load(weights, trust)
+    except QatError as error:
+        raise QatError(f"{option}: {error}") from None
+    if card.arch != find_architecture(arch).name:
         raise QatError(f"{option} is {arch}, but {weights} is a checkpoint of {card.arch}")
     if card.classes and classes and card.classes != list(classes):
         raise QatError(f"{option}: {weights} was trained on other classes, first {card.classes[:2]}, not {classes[:2]}")
-    return Teacher(checkpoints.load(weights), Preprocessing(**card.preprocessing), num_classes)
+    return Teacher(model, Preprocessing(**card.preprocessing), num_classes)

@@ -12,7 +12,7 @@ import torch
 
 from qat import checkpoint
 from qat.callbacks import IterativeFreezing, OscillationTracker
-from qat.cli.lightning_cli import QatCLI
+from qat.cli import lightning_cli
 from qat.cli.main import main, run
 from qat.errors import QatError
 from qat.sites.insert import weight_sites
@@ -48,8 +48,8 @@ def frozen_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     freezing = IterativeFreezing(freeze_above=0.02, momentum=0.1, log_every=10)
     watch = Watch(freezing)
     with pytest.MonkeyPatch.context() as patch:
-        usual = QatCLI._recorders
-        patch.setattr(QatCLI, "_recorders", lambda *args: [freezing, watch, *usual(*args)])
+        usual = lightning_cli.recorders
+        patch.setattr(lightning_cli, "recorders", lambda *args: [freezing, watch, *usual(*args)])
         runs = tmp_path_factory.mktemp("frozen")
         options = {
             "model.w_bits": 2,

@@ -14,7 +14,9 @@ from tests.conftest import TINY
 
 
 def test_a_resumed_run_keeps_the_errors_of_the_calibration(tmp_path: Path) -> None:
-    options = ModelOptions("deit_tiny_patch16_224", None, 3, TINY, recipe="lsq", w_bits=4, a_bits=4)
+    options = ModelOptions(
+        "deit_tiny_patch16_224", None, num_classes=3, model_args=TINY, recipe="lsq", w_bits=4, a_bits=4
+    )
     module, trainer = QATModule(options), SimpleNamespace(is_global_zero=True)
     module.calibration = {"snr_db": {"head.input_quant": 12.5}}
     for calibration in (module.calibration, {}):

@@ -37,7 +37,7 @@ def folder(calibrated: QatCLI) -> Path:
 
 
 def test_the_run_folder_has_a_checkpoint_a_table_and_the_results(folder, calibrated):
-    assert sorted(path.name for path in folder.iterdir()) == ["ptq.ckpt", "quantization.csv", "results.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["ptq.ckpt", "quantization.csv", "results.json", "run.lock"]
     results = json.loads((folder / "results.json").read_text())
     assert results["images"] == 12
     assert results["size_mb"] < results["float_size_mb"] / 4
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_checkpoint_and_another_seed_does_not(confi
 def test_no_validation_image_is_seen_before_the_checkpoint_is_saved(method, config, images, tmp_path, capsys):
     root = tmp_path / "images"
     shutil.copytree(images, root)
-    for path in (root / "val").rglob("*.png"):
+    for path in sorted((root / "val").rglob("*.png"))[1:]:  # a folder without any readable image is refused at once
         path.write_text("<html>")
     words = ("--data.root", str(root), "--model.recipe", "uniform")
     assert main(command(config, tmp_path / "runs", *words, method=method)) == 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qat.cli.check_trainer import check_trainer
+from qat.cli.check_trainer import check_lengths, check_trainer
 from qat.cli.lightning_cli import QatCLI
 from qat.cli.trainer import Trainer
 from qat.errors import QatError
@@ -65,3 +65,53 @@ def test_the_trainer_sets_how_float32_is_multiplied() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def lengths(every: object, limit: object = 1.0, by_pass: int | None = 1) -> SimpleNamespace:
+    return SimpleNamespace(val_check_interval=every, limit_train_batches=limit, check_val_every_n_epoch=by_pass)
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [lengths(1.0), lengths(0.01), lengths(3), lengths(100, by_pass=None), lengths(2, limit=2), lengths(2, limit=0.7)],
+    ids=str,
+)
+def test_intervals_that_fit_into_the_shortest_pass(trainer: SimpleNamespace) -> None:
+    check_lengths(trainer, [6, 6, 3])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (lengths(4), "val_check_interval is 4, and a pass over the images has 3 batches"),
+        (lengths(3, limit=2), "has 2 batches"),
+        (lengths(3, limit=0.7), "has 2 batches"),
+        (lengths(1.0, limit=0.3), "limit_train_batches is 0.3: of 3 batches of a pass none is left"),
+    ],
+    ids=str,
+)
+def test_intervals_that_are_longer_than_a_pass(trainer: SimpleNamespace, message: str) -> None:
+    with pytest.raises(QatError, match=message):
+        check_lengths(trainer, [6, 6, 3])
+
+
+def test_a_monitor_may_be_a_regularizer_or_come_from_a_callback_of_the_user() -> None:
+    plain: dict[str, Any] = {"precision": None, "strategy": "auto", "max_steps": -1}
+    stop = SimpleNamespace(
+        class_path="lightning.pytorch.callbacks.EarlyStopping", init_args={"monitor": "train/dampening"}
+    )
+    own = SimpleNamespace(class_path="my.Callback", init_args={})
+    with pytest.raises(QatError, match="monitors 'train/dampening', which is not logged"):
+        check_trainer(SimpleNamespace(**plain, callbacks=[stop]))
+    check_trainer(
+        SimpleNamespace(**plain, callbacks=[stop]), "fit", [{"class_path": "qat.training.regularizers.Dampening"}]
+    )
+    check_trainer(SimpleNamespace(**plain, callbacks=[stop, own]))
+
+
+def test_a_schedule_needs_the_length_of_its_run() -> None:
+    plain: dict[str, Any] = {"precision": None, "strategy": "auto", "max_epochs": -1}
+    check_trainer(SimpleNamespace(**plain, max_steps=9))
+    check_trainer(SimpleNamespace(**plain, max_steps=-1), "validate")
+    with pytest.raises(QatError, match="the schedule of the learning rate needs the length"):
+        check_trainer(SimpleNamespace(**plain, max_steps=-1))

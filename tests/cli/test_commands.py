@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,9 +76,10 @@ class TestFit:
         assert resumed.trainer.global_step == trained.trainer.global_step
 
     def test_a_checkpoint_goes_on_with_its_config_only(
-        self, ckpt: Path, images: Path, capsys: pytest.CaptureFixture[str]
+        self, ckpt: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert "--config" in fails(capsys, "fit", "--ckpt", ckpt, "--data.root", images)
+        elsewhere = shutil.copy(ckpt, tmp_path / "last.ckpt")  # away from the config in the folder of its run
+        assert "--config" in fails(capsys, "fit", "--ckpt", elsewhere, "--data.root", images)
 
     @pytest.mark.parametrize(
         ("options", "steps"),
@@ -301,7 +303,7 @@ class TestBadInput:
             (["--model.rules", '[{match: "blocks.*.nothing", spec: null}]'], ["blocks.*.nothing", "nearest"]),
             (["--model.rules", '[{mach: "head.*", spec: null}]'], ["mach", "match"]),
             (["--model.model_args", "{img_sise: 32}"], ["img_sise"]),
-            (["--model.lr", "0"], ["model.lr", "positive"]),
+            (["--model.lr", "0"], ["model.lr", "above 0"]),
             (["--trainer.accelerator", "gpu"], ["gpu"]),
             (["--data.root", "/nowhere"], ["/nowhere"]),
             (["--data.preprocessing.resise", "300"], ["resise"]),
@@ -315,7 +317,7 @@ class TestBadInput:
             (["--model.regularizers", "[{class_path: BinRegularizer, init_args: {wieght: 1}}]"], ["wieght"]),
             (
                 ["--model.regularizers", "[{class_path: BinRegularizer, init_args: {weight: 0}}]"],
-                ["weight", "positive"],
+                ["weight", "above 0"],
             ),
             (["--model.regularizers", "[{class_path: Dampening, init_args: {sites: x.*}}]"], ["x.*", "describe"]),
             (["--trainer.callbacks+", "OscillationTracker", "--trainer.callbacks.momentum", "2"], ["momentum"]),

@@ -1,4 +1,4 @@
-"""Swin and SReT through the real command, small: train on stored labels with the regularizer on, resume, evaluate."""
+"""Families through the real command, small: train on stored labels with the regularizer on, resume, evaluate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from tests.conftest import interrupt_at_step
 
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 4]}
 SRET = {"img_size": 32, "embed_dims": [12, 24], "depths": [1, 2], "num_heads": [2, 4], "groups": [[4, 2], [2, 1]]}
-MEMBERS = {"swin": ("swin_tiny_patch4_window7_224", SWIN), "sret": ("sret_tiny", SRET)}
+TOKENS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+MEMBERS = {
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "sret": ("sret_tiny", SRET),
+    "dinov2": ("vit_giant_patch14_reg4_dinov2", TOKENS),
+    "dinov3": ("vit_small_plus_patch16_dinov3_qkvb", TOKENS),
+}
+STAGED = ("swin", "sret")
 
 
 def words(config: Path, runs: Path, softlabels: Path, family: str, bits: int, **more: Any) -> list[str]:
@@ -30,8 +37,9 @@ def words(config: Path, runs: Path, softlabels: Path, family: str, bits: int, **
     return ["fit", *(word for name, value in (options | more).items() for word in (f"--{name}", str(value)))]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("family", MEMBERS)
+@pytest.mark.parametrize(
+    ("family", "bits"), [*((family, bits) for family in STAGED for bits in (2, 3, 4)), ("dinov2", 4), ("dinov3", 4)]
+)
 def test_a_family_trains_and_is_evaluated(
     family: str, bits: int, config: Path, softlabels: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -46,7 +54,7 @@ def test_a_family_trains_and_is_evaluated(
     assert torch.equal(reread(pixels), cli.model.model.eval()(pixels))
 
 
-@pytest.mark.parametrize("family", MEMBERS)
+@pytest.mark.parametrize("family", STAGED)
 def test_a_run_that_stops_and_resumes_ends_with_the_same_bits(
     family: str, config: Path, softlabels: Path, tmp_path: Path
 ) -> None:

@@ -255,3 +255,40 @@ def test_processes_share_the_global_batch(config: Path, odd: Path, two: Path, tm
     refused = in_two(*args, "--runs", tmp_path / "none", "--data.global_batch_size", "6")
     assert refused.returncode == 2
     assert refused.stderr.count("data.global_batch_size is 6") == 1
+
+
+def started(*args: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """`qat` in two processes that Lightning starts, with its stderr as a pipe."""
+    words = [sys.executable, "-m", "qat", *map(str, args), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
+    return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that have not ended."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("which", ["the first", "the second"])
+def test_a_killed_process_leaves_one_line(which: str, everything: Path, tmp_path: Path) -> None:
+    """Not the hundred lines of gloo, of each process that has lost the connection."""
+    process = started("fit", "--config", everything, "--runs", tmp_path)
+    assert process.stderr is not None
+    any("validation at step 4" in line for line in iter(process.stderr.readline, ""))
+    (child,) = children(process.pid)
+    os.kill(child if which == "the second" else process.pid, signal.SIGKILL)
+    rest = [line for line in process.stderr.read().splitlines() if not line.startswith("validation at")]
+    assert process.wait() == (128 + signal.SIGKILL if which == "the second" else -signal.SIGKILL)
+    assert len(rest) == 1, rest
+    assert rest[0].startswith("qat: error: ")
+    assert rest[0].endswith("go on with --ckpt last")
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
+
+
+def test_torchrun_and_the_trainer_agree_on_the_processes(config: Path, tmp_path: Path) -> None:
+    words = [sys.executable, *TORCHRUN, "-m", "qat", "fit", "--config", config, "--runs", tmp_path / "runs"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, words)], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "torchrun has started 2 processes, but trainer.devices x trainer.num_nodes is 1" in done.stderr
+    assert not list(tmp_path.glob("runs/*/*"))

@@ -11,6 +11,7 @@ import enum
 import io
 import os
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from qat.models.torch_file import Foreign, InertUnpickler, read_foreign, read_plain, reason
+from qat.models.inert import Foreign, InertUnpickler
+from qat.models.torch_file import is_program, read_foreign, read_plain, reason
 
 RAN: list[str] = []
 
@@ -254,3 +256,10 @@ def test_an_archive_of_torchscript_is_not_run(tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
     with pytest.raises(RuntimeError, match="TorchScript"):
         read_foreign(tmp_path / "a.pt")
+    assert is_program(tmp_path / "a.pt")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a.pt", "storages")
+    assert is_program(tmp_path / "a.tar")
+    for zipped in (True, False):
+        torch.save({"w": torch.ones(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+        assert not is_program(tmp_path / "a.pth")

@@ -100,9 +100,10 @@ def test_every_quantizer_gives_its_step_to_one_site():
 
 
 def test_the_card_has_the_widths_and_the_preprocessing_of_vvtq(table32):
-    card = convert(table32, classes=("a", "b")).card
+    names = [f"class {i}" for i in range(CLASSES)]
+    card = convert(table32, classes=names).card
     assert card is not None
-    assert (card.arch, card.model_args, card.num_classes, card.classes) == (SRET_T, {}, CLASSES, ["a", "b"])
+    assert (card.arch, card.model_args, card.num_classes, card.classes) == (SRET_T, {}, CLASSES, names)
     assert card.rules == [rule.to_dict() for rule in build_recipe("vvtq", w_bits=4, a_bits=4)]
     assert (card.preprocessing["resize"], card.preprocessing["interpolation"]) == (256, "bilinear")
 

@@ -1,82 +1,31 @@
-"""Run folders and what lies in them."""
+"""Run folders, and which checkpoint ``--ckpt`` means."""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from qat.errors import QatError
-from qat.runs.folder import AtomicCheckpoints, config_name, last_folder
-from qat.runs.metrics import MetricsFile
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-class TestMetricsFile:
-    def test_columns_grow_and_nothing_is_lost(self, tmp_path: Path) -> None:
-        metrics = MetricsFile(tmp_path, flush_every=2)
-        metrics.log_metrics({"loss": 1.5}, 0)
-        assert not metrics.path.exists()
-        metrics.log_metrics({"loss": 1.25}, 1)
-        metrics.log_metrics({"top1": 50.0}, 1)
-        metrics.finalize("success")
-        assert rows(metrics.path) == [
-            {"loss": "1.5", "step": "0"}, {"loss": "1.25", "step": "1"}, {"top1": "50.0", "step": "1"}
-        ]  # fmt: skip
-        assert metrics.rows == 3
-        assert not list(tmp_path.glob("*.part"))
-
-    def test_a_resumed_run_logs_again_what_came_after_its_checkpoint(self, tmp_path: Path) -> None:
-        killed = MetricsFile(tmp_path, flush_every=1)
-        for step in range(5):
-            killed.log_metrics({"loss": float(step)}, step)
-        resumed = MetricsFile(tmp_path, flush_every=1)
-        resumed.keep(3)
-        resumed.log_metrics({"loss": 30.0}, 3)
-        resumed.log_metrics({"top1": 1.0}, 4)
-        assert [row.get("loss") for row in rows(resumed.path)] == ["0.0", "1.0", "2.0", "30.0", None]
-
-    def test_keeping_none_forgets_all(self, tmp_path: Path) -> None:
-        MetricsFile(tmp_path, flush_every=1).log_metrics({"loss": 1.0}, 0)
-        resumed = MetricsFile(tmp_path, flush_every=1)
-        resumed.keep(0)
-        resumed.log_metrics({"other": 2.0}, 0)
-        assert rows(resumed.path) == [{"other": "2.0", "step": "0"}]
-
-
-class Unpicklable:
-    def __reduce__(self) -> Any:
-        raise RuntimeError("the process dies here")
-
-
-def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
-    io, path = AtomicCheckpoints(), tmp_path / "sub" / "last.ckpt"
-    io.save_checkpoint({"step": 1}, path)
-    with pytest.raises(RuntimeError):
-        io.save_checkpoint({"step": 2, "bad": Unpicklable()}, path)
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    io.save_checkpoint({"step": 3}, path)
-    assert torch.load(path, weights_only=True) == {"step": 3}
-    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+from qat.runs.folder import config_name, find_checkpoint, last_folder, newest_config, parent_of_runs
 
 
 def test_the_newest_run_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(QatError, match="no run in"):
-        last_folder(tmp_path)
-    for date in ("2026-01-01_00-00-00", "2026-02-01_00-00-00"):
-        (tmp_path / date).mkdir()
-        (tmp_path / date / "last.ckpt").touch()
-        (tmp_path / date / "config.yaml").touch()
-    (tmp_path / "2026-03-01_00-00-00").mkdir()  # refused before it began
-    assert last_folder(tmp_path).name == "2026-02-01_00-00-00"
-    (tmp_path / "2026-03-01_00-00-00" / "config.yaml").touch()
+        last_folder(tmp_path, "a")
+    for run in (
+        "a/2026-01-01_00-00-00",
+        "a/2026-02-01_00-00-00-9",
+        "a/2026-02-01_00-00-00-10",
+        "b/2026-02-02_00-00-00",
+    ):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "last.ckpt").touch()
+        (tmp_path / run / "config.yaml").touch()
+    (tmp_path / "a/2026-03-01_00-00-00").mkdir()  # refused before it began
+    assert last_folder(tmp_path, "a").name == "2026-02-01_00-00-00-10"
+    assert last_folder(tmp_path).name == "2026-02-02_00-00-00"
+    (tmp_path / "a/2026-03-01_00-00-00/config.yaml").touch()
     with pytest.raises(QatError, match=r"2026-03-01_00-00-00, ended before its first last\.ckpt"):
         last_folder(tmp_path)
 
@@ -85,3 +34,30 @@ def test_configs_are_numbered(tmp_path: Path) -> None:
     for name in ("config.yaml", "config_2.yaml", "config_3.yaml"):
         assert config_name(tmp_path) == name
         (tmp_path / name).touch()
+
+
+def test_the_newest_config_has_the_highest_number(tmp_path: Path) -> None:
+    assert newest_config(tmp_path) is None
+    for n in range(1, 12):
+        name = "config.yaml" if n == 1 else f"config_{n}.yaml"
+        (tmp_path / name).touch()
+        assert newest_config(tmp_path) == tmp_path / name
+
+
+def test_ckpt_is_a_file_a_folder_or_a_word(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "2026-01-01_00-00-00"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    with pytest.raises(QatError, match=r"has no last\.ckpt"):
+        find_checkpoint(folder, tmp_path, None)
+    (folder / "ptq.ckpt").touch()
+    assert find_checkpoint(folder, tmp_path, None) == folder / "ptq.ckpt"
+    (folder / "last.ckpt").touch()
+    for word in (folder, folder / "last.ckpt", Path("last")):
+        assert find_checkpoint(word, tmp_path, None) == folder / "last.ckpt"
+
+
+@pytest.mark.parametrize("name", ["", "..", "/tmp/elsewhere", "a/../../b"])
+def test_a_name_does_not_lead_out_of_the_runs(name: str, tmp_path: Path) -> None:
+    with pytest.raises(QatError, match="--name"):
+        parent_of_runs(tmp_path, name)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from typing import Annotated, cast
 
 from torch import Tensor, nn
 
 from qat.errors import QatError
 from qat.quantizers import LSQQuantizer
+from qat.ranges import Range, checked
 from qat.sites.insert import WeightSite, weight_sites
 from qat.training.schedules import cosine_ramp
 
+PenaltyWeight = Annotated[float, Range(above=0, high=1e30)]
+Start = Annotated[float, Range(0, below=1)]
+Widest = Annotated[int, Range(2, 16)]
 LOW_BITS = 7  # the widest weight that counts as low-bit; 8 bits are for layers that quantization should not disturb
 
 
@@ -27,13 +31,14 @@ class Regularizer(ABC):
         max_bits: widest weight that is regularized; the default leaves out the 8-bit first and last layer.
     """
 
+    @checked
     def __init__(
-        self, weight: float = 0.01, start: float = 0.25, sites: str = "*.weight_quant", max_bits: int = LOW_BITS
+        self,
+        weight: PenaltyWeight = 0.01,
+        start: Start = 0.25,
+        sites: str = "*.weight_quant",
+        max_bits: Widest = LOW_BITS,
     ) -> None:
-        if not weight > 0:
-            raise QatError(f"{self.name}: weight is {weight}: it must be positive")
-        if not 0 <= start < 1:
-            raise QatError(f"{self.name}: start is {start}: give a share of training, 0 to below 1")
         self.weight, self.start, self.sites, self.max_bits = weight, start, sites, max_bits
 
     @property

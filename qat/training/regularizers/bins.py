@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qat.ranges import checked
 from qat.sites.insert import WeightSite
-from qat.training.regularizers.base import LOW_BITS, Regularizer, grid_of
+from qat.training.regularizers.base import LOW_BITS, PenaltyWeight, Regularizer, Start, Widest, grid_of
 
 Reduction = Literal["sum", "mean"]
 ROW = 1024  # weights in a row at most: threads, and atomic additions, do not meet in the same few bins
@@ -50,13 +51,14 @@ class BinRegularizer(Regularizer):
         max_bits: widest weight that is regularized.
     """
 
+    @checked
     def __init__(
         self,
-        weight: float = 0.01,
-        start: float = 0.25,
+        weight: PenaltyWeight = 0.01,
+        start: Start = 0.25,
         reduction: Reduction = "sum",
         sites: str = "*.weight_quant",
-        max_bits: int = LOW_BITS,
+        max_bits: Widest = LOW_BITS,
     ) -> None:
         super().__init__(weight, start, sites, max_bits)
         self.reduction = reduction

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qat.ranges import checked
 from qat.sites.insert import WeightSite
-from qat.training.regularizers.base import LOW_BITS, Regularizer, grid_of
+from qat.training.regularizers.base import LOW_BITS, PenaltyWeight, Regularizer, Start, Widest, grid_of
 
 Reduction = Literal["sum", "mean", "channel"]
 
@@ -29,13 +30,14 @@ class Dampening(Regularizer):
         max_bits: widest weight that is regularized.
     """
 
+    @checked
     def __init__(
         self,
-        weight: float = 0.1,
-        start: float = 0.25,
+        weight: PenaltyWeight = 0.1,
+        start: Start = 0.25,
         reduction: Reduction = "channel",
         sites: str = "*.weight_quant",
-        max_bits: int = LOW_BITS,
+        max_bits: Widest = LOW_BITS,
     ) -> None:
         super().__init__(weight, start, sites, max_bits)
         self.reduction = reduction

@@ -1,0 +1,20 @@
+"""Checkpoints that describe themselves: a card with everything that rebuilds the model lies beside its weights."""
+
+from qat.checkpoint.card import FORMAT, REPLACED_BY_A_CARD, Card
+from qat.checkpoint.content import AVERAGED, KEY, PREFIX, check_run
+from qat.checkpoint.reading import check_restored, find_card, load, load_into, read
+
+__all__ = [
+    "AVERAGED",
+    "FORMAT",
+    "KEY",
+    "PREFIX",
+    "REPLACED_BY_A_CARD",
+    "Card",
+    "check_restored",
+    "check_run",
+    "find_card",
+    "load",
+    "load_into",
+    "read",
+]

@@ -1,0 +1,115 @@
+"""The one reader of checkpoints, which every verb and `qat.load` use: file, card, weights, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qat.checkpoint.card import Card
+from qat.checkpoint.content import AVERAGED, KEY, check_content, check_weights, model_weights
+from qat.errors import QatError
+from qat.models.torch_file import read_plain, reason
+
+
+def read(path: str | Path, option: str = "--ckpt", trust: bool = False) -> tuple[Card, dict[str, Any]]:
+    """The card and the whole content of a checkpoint, once all of it is known to be usable.
+
+    Args:
+        path: a file that qat wrote.
+        option: what the errors call the option that names it.
+        trust: quantizers that its card names by a dotted path may be imported.
+
+    Raises:
+        QatError: the file is missing, damaged or not one of ours, its card is malformed, or its weights do not fit.
+    """
+    content = _read_file(Path(path), option)
+    card = Card.from_dict(content[KEY], str(path), trust)
+    check_content(content, card, str(path))
+    return card, content
+
+
+def find_card(path: str | Path, trust: bool = False) -> Card | None:
+    """The card of a file, or None if it is no checkpoint of ours; QatError for one of ours that cannot be used."""
+    path = Path(path)
+    if path.suffix.lower() != ".ckpt" or not path.is_file():
+        return None
+    try:
+        content = _read_file(path, "--ckpt")
+    except QatError:
+        return None
+    return Card.from_dict(content[KEY], str(path), trust)
+
+
+def load(path: str | Path, trust: bool = False) -> nn.Module:
+    """The quantized model of a checkpoint, in evaluation mode, on the CPU, from this one file alone.
+
+    Args:
+        path: a file that qat wrote.
+        trust: quantizers that it names by a dotted path may be imported, which runs their code.
+
+    Raises:
+        QatError: as `read`.
+    """
+    card, content = read(path, trust=trust)
+    model = card.build()
+    model.load_state_dict(model_weights(content, str(path)), strict=True)
+    return model.eval()
+
+
+def load_into(model: nn.Module, card: Card, path: str | Path, trust: bool = False) -> dict[str, Any]:
+    """Load a checkpoint into ``model``, which ``card`` describes, and return what it says about its calibration.
+
+    Raises:
+        QatError: as `read`, or the model or recipe of the checkpoint differs.
+    """
+    option = "model.quant_checkpoint"
+    theirs, content = read(path, f"--{option}", trust)
+    if (field := theirs.difference(card, evaluates_alike=True)) is not None:
+        way_out = "calibrate with this config" if field == "rules" else "give the options that it was made with"
+        raise QatError(f"{option}: {path} holds another model, {field} differs from this one: {way_out}")
+    model.load_state_dict(model_weights(content, str(path)), strict=True)
+    calibration: dict[str, Any] = content[KEY].get("calibration", {})
+    return calibration
+
+
+def check_restored(content: Mapping[str, Any], card: Card, model: nn.Module, resumes: bool, averages: bool) -> None:
+    """Raise QatError when a checkpoint cannot be restored into ``model``, which ``card`` describes.
+
+    Args:
+        content: what the checkpoint holds.
+        card: of the model that was built.
+        model: the model that was built.
+        resumes: training resumes from it; False for an evaluation.
+        averages: the run has a weight average.
+    """
+    if resumes and AVERAGED in content and not averages:
+        raise QatError(
+            "the checkpoint was written with a weight average, and training would resume from the average instead of "
+            "the weights: add the callback again (--config configs/add/average.yaml)"
+        )
+    if KEY not in content:
+        raise QatError("the checkpoint was not written by `qat fit`: it does not describe its model")
+    if (field := Card.from_dict(content[KEY], "the checkpoint").difference(card)) is not None:
+        raise QatError(f"the checkpoint holds another model: {field} differs from the model that was built")
+    check_weights(model, model_weights(content, "the checkpoint"), "the checkpoint")
+
+
+def _read_file(path: Path, option: str) -> dict[str, Any]:
+    """What a file holds, tensors on the disk; QatError if it is missing, damaged or not one of ours."""
+    if not path.is_file():
+        raise QatError(
+            f"no checkpoint {path}: {option} takes a file that qat wrote, such as runs/NAME/DATE/last.ckpt or ptq.ckpt"
+        )
+    try:
+        content = read_plain(path, mmap=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise QatError(f"cannot read the checkpoint {path}: {reason(error)}") from None
+    if not isinstance(content, dict) or KEY not in content:
+        raise QatError(
+            f"{path} does not describe a quantized model, so it was not written by qat; "
+            "float weights are given as --model.checkpoint FILE"
+        )
+    return content

@@ -1,0 +1,87 @@
+"""What a command takes from the run whose checkpoint it is given: to resume, its config; else where its images are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from qat.cli.configs import given_configs
+from qat.errors import QatError
+from qat.runs.folder import find_checkpoint, names_a_run, newest_config
+
+PLACES = ("root", "classes", "class_map", "val_labels", "workers", "val_batch_size")  # options of ``data``
+
+
+class Origin(NamedTuple):
+    """The run that a command goes on with, or whose model it looks at.
+
+    Args:
+        ckpt: file of ``--ckpt``; None without one.
+        goes_on: the run goes on in its own folder.
+        config: newest config of the run that the checkpoint is from; None where there is none beside it.
+    """
+
+    ckpt: Path | None
+    goes_on: bool
+    config: Path | None
+
+    def arguments(self, verb: str, given: Sequence[str]) -> list[str]:
+        """The words of a command, preceded by what it takes from the run; later words win.
+
+        Raises:
+            QatError: the command resumes a checkpoint without a config, neither given nor beside it.
+        """
+        if verb == "fit" and self.ckpt is not None and not given_configs(given):
+            if self.config is None:
+                raise QatError(
+                    "qat fit --ckpt resumes a run: give its --config too, for the data, teacher and schedule; the "
+                    f"folder of {self.ckpt} has none"
+                )
+            return ["--config", str(self.config), *given]
+        if verb in ("validate", "predict") and self.config is not None:
+            return [*_places(self.config), *given]
+        return list(given)
+
+
+def find_origin(verb: str, given: Sequence[str]) -> Origin:
+    """Find the checkpoint and the run that a command line names, before it is parsed.
+
+    Raises:
+        QatError: there is no such run.
+    """
+    words = {name: _value_of(given, f"--{name}") for name in ("ckpt", "runs", "name")}
+    if words["ckpt"] in (None, "null"):
+        return Origin(None, False, None)
+    ckpt, configs = Path(str(words["ckpt"])).expanduser(), given_configs(given)
+    name = words["name"] or (Path(configs[0]).stem if configs else None)
+    return origin_of(verb, ckpt, Path(words["runs"] or "runs").expanduser(), name)
+
+
+def origin_of(verb: str, ckpt: Path, runs: Path, name: str | None) -> Origin:
+    """The run that a ``--ckpt`` names; the arguments are those of `find_checkpoint`."""
+    file = find_checkpoint(ckpt, runs, name)
+    return Origin(file, verb == "fit" and names_a_run(ckpt), newest_config(file.parent))
+
+
+def _value_of(words: Sequence[str], flag: str) -> str | None:
+    """The last value that an option has on a command line."""
+    found = None
+    for word, after in zip(words, [*words, None][1:], strict=True):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            found = value if equals else after
+    return found
+
+
+def _places(config: Path) -> list[str]:
+    """Options that say where the images of a run are, as words of a command line."""
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []  # the checkpoint alone is enough
+    data: Any = content.get("data") if isinstance(content, dict) else None
+    known = data if isinstance(data, dict) else {}
+    return [f"--data.{name}={known[name]}" for name in PLACES if known.get(name) is not None]
