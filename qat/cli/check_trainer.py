@@ -12,6 +12,7 @@ from qat.errors import QatError
 from qat.ranges import Range, check_value
 
 PRECISIONS = (None, 32, "32", "32-true", 16, "16", "16-mixed", "bf16", "bf16-mixed")
+AVERAGES = {"WeightAverage", "WeightAveraging", "EMAWeightAveraging"}
 SHARDING = ("fsdp", "deepspeed", "modelparallel", "xla")  # beginnings of names of strategies
 Count = Annotated[int, Range(1)]
 Batches = Count | Annotated[float, Range(above=0, high=1)]
@@ -159,6 +160,9 @@ def _check_callbacks(callbacks: Any, metrics: tuple[str, ...]) -> None:
     for path in paths:
         if (reason := CALLBACKS.get(path.rpartition(".")[2])) is not None:
             raise QatError(f"trainer.callbacks: {path.rpartition('.')[2]} cannot be used: {reason}")
+    names = {path.rpartition(".")[2] for path in paths}
+    if "IterativeFreezing" in names and names & AVERAGES:
+        raise QatError("IterativeFreezing and a weight average do not go together: leave one of trainer.callbacks out")
     if not all(path.startswith(("lightning.", "qat.")) for path in paths):
         return  # another one may log a metric of its own
     for path, callback in zip(paths, listed, strict=True):

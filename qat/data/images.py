@@ -22,7 +22,7 @@ from qat.data.crops import CropDistribution, draw, replay
 from qat.data.decode import new_images, read_image, reason, to_image, to_tensor
 from qat.data.source import Source
 from qat.data.streams import rng_for
-from qat.data.worker import leave_signals_to_the_main_process, let_other_threads_finish
+from qat.data.worker import leave_signals_to_the_main_process, let_other_threads_finish, signals_held_back
 from qat.errors import QatError
 from qat.preprocessing import Preprocessing
 
@@ -184,9 +184,11 @@ class Loader(DataLoader[Batch]):
 
     def __iter__(self) -> Any:
         """Start the workers, in a moment in which a fork is safe."""
-        if self.num_workers:
-            let_other_threads_finish()
-        return super().__iter__()
+        if not self.num_workers:
+            return super().__iter__()
+        let_other_threads_finish()
+        with signals_held_back():
+            return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the empty state."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import distributed
 
 PATIENCE = 20  # seconds
 SETTLED = 0.1  # seconds
+HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
@@ -22,6 +25,20 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     if hasattr(signal, "SIGALRM"):  # not on Windows
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Inside, signals wait, also in the workers that are started, until they have handlers of their own."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def let_other_threads_finish() -> None:

@@ -180,6 +180,7 @@ FIT = """
 --trainer.callbacks+ IterativeFreezing --trainer.callbacks.max_bits 9 | IterativeFreezing: max_bits is 9
 --trainer.callbacks+ GradientRatio --trainer.callbacks.every 0 | GradientRatio: every is 0
 --trainer.callbacks+ WeightAverage --trainer.callbacks.decay 2 | WeightAverage: decay is 2.0
+--trainer.callbacks+ IterativeFreezing --trainer.callbacks+ WeightAverage | IterativeFreezing and a weight average do not go together
 """  # noqa: E501
 OTHERS = """
 predict --config CONFIG                     | qat predict writes a table: give --output
