@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import lightning as L
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -29,6 +29,7 @@ from qat.cli.agreement import changes, run_options
 from qat.cli.check_options import check_constructors, check_options, parse_options
 from qat.cli.check_trainer import check_run, check_trainer
 from qat.cli.configs import given_configs, read_old_class_paths, with_bases
+from qat.cli.loggers import need_no_folder, write_to
 from qat.cli.options import add_options
 from qat.cli.parse import SET_UP, instantiate
 from qat.cli.parts import all_loggers, as_list, best_of, check_processes, recorders
@@ -51,7 +52,6 @@ NOT_OPTIONS = {  # arguments of the trainer's verbs that the command line gives 
     "validate": {"model", "datamodule", "ckpt_path", "results_file"},
     "predict": {"model", "datamodule", "ckpt_path", "output"},
 }
-TRAINER_HELP = "--trainer.help"
 UNUSED = ".*callbacks used to create the checkpoint.*"  # evaluation needs none of them
 
 
@@ -121,7 +121,10 @@ class QatCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the data module, the trainer and the model from their options."""
-        self.config_init = instantiate(self.parser, self.config)
+        config = self.config.clone()  # what is saved does not name the folder
+        if self.verb == "fit" and config[self.verb].trainer.logger not in (None, True, False):
+            write_to(self._run_folder(), config[self.verb].trainer.logger)
+        self.config_init = instantiate(self.parser, config)
         options = self.config_init[self.verb]
         self.datamodule = ImageNetDataModule(options.data, options.model.classes)
         self.trainer = self.instantiate_trainer()  # what is wrong with it shows before weights are read or downloaded
@@ -235,12 +238,8 @@ def _resumed_from(ckpt: Path, trust: bool) -> tuple[int, dict[str, str]]:
 def run(verb: str, arguments: Sequence[str]) -> QatCLI:
     """Run a verb and return what it built; QatError also where Lightning refuses its own options."""
     set_parsing_settings(instantiate_subclass_spec_in_any=False)  # the specs of rules are ours to read
-    if TRAINER_HELP in arguments:
-        parser = ArgumentParser(prog=f"qat {verb}", add_help=False, usage=f"qat {verb} [--trainer.OPTION VALUE]")
-        parser.add_class_arguments(Trainer, "trainer")
-        parser.print_help()
-        sys.exit()
     read_old_class_paths()
+    need_no_folder()
     try:
         return QatCLI(verb, arguments)
     except MisconfigurationException as error:

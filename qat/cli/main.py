@@ -49,7 +49,7 @@ verbs:
 `qat VERB --help` lists the options of a verb. Start with:
   qat describe --config configs/deit_t_w4a4.yaml"""
 WITH_A_MODEL = ("fit", "validate", "predict", "describe")  # their help is our own
-HELP = {"-h", "--help", "--help-all"}
+HELP = {"-h", "--help", "--help-all", "--trainer.help"}
 GRACE = 3.0  # seconds that another process than the first waits before it prints an error
 
 
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> Any:
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(VERBS)}"
         raise QatError(f"no verb {verb!r}: {hint}")
     if verb in WITH_A_MODEL and (asked := HELP & set(rest)):
-        return _load("qat.cli.help").print_help(verb, VERBS[verb].summary, everything="--help-all" in asked)
+        return _load("qat.cli.help").print_help(verb, VERBS[verb].summary, everything=not asked <= {"-h", "--help"})
     return _load(VERBS[verb].module).run(verb, rest)
 
 

@@ -18,6 +18,7 @@ from qat.errors import QatError
 from qat.quantizers import kernels
 from qat.quantizers.kernels import Kernels
 from qat.quantizers.layout import Affine, Granularity, Layout
+from qat.ranges import check_value
 
 Width = Literal["w_bits", "a_bits"]
 Table = Mapping[str, Tensor]  # name of a parameter or buffer -> its candidates (K, G), or one row of them (G,)
@@ -47,12 +48,10 @@ class Spec:
             Spec.kinds[cls.__name__] = cls
 
     def __post_init__(self) -> None:
+        plain = {"bool": bool, "float": float}
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("bool", bool) and not isinstance(value, bool):
-                raise QatError(f"{field.name} is {value!r}: give true or false")
-            if field.type in ("float", float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise QatError(f"{field.name} is {value!r}: give a number")
+            if (kind := plain.get(str(field.type), field.type)) in (bool, float):
+                check_value(field.name, getattr(self, field.name), kind)
         number = isinstance(self.bits, int) and not isinstance(self.bits, bool) and MIN_BITS <= self.bits <= MAX_BITS
         if not number and self.bits not in get_args(Width):
             raise QatError(f"bits is {self.bits!r}: give {MIN_BITS} to {MAX_BITS}, or the word w_bits or a_bits")

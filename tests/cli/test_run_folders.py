@@ -117,7 +117,7 @@ class TestCkpt:
 OTHER = "{class_path: CSVLogger, init_args: {save_dir: DIR}}"
 
 
-@pytest.mark.parametrize("logger", ["false", OTHER, f"[{OTHER}]"])
+@pytest.mark.parametrize("logger", ["false", "CSVLogger", OTHER, f"[{OTHER}]"])
 def test_other_loggers_change_nothing_about_the_folder(logger: str, config: Path, tmp_path: Path) -> None:
     args = ["fit", "--config", str(config), "--runs", str(tmp_path / "runs"), "--trainer.max_steps", "2"]
     args += ["--trainer.logger", logger.replace("DIR", str(tmp_path / "elsewhere"))]
@@ -125,7 +125,8 @@ def test_other_loggers_change_nothing_about_the_folder(logger: str, config: Path
     folder = folder_of(tmp_path / "runs")
     names = {"config.yaml", "last.ckpt", "metrics.csv", "quantization.csv"}
     assert names <= {path.name for path in folder.iterdir()}
-    assert bool(list(tmp_path.glob("elsewhere/**/metrics.csv"))) == (logger != "false")
+    assert bool(list(tmp_path.glob("elsewhere/**/metrics.csv"))) == ("DIR" in logger)
+    assert bool(list(folder.glob("*/**/metrics.csv"))) == (logger == "CSVLogger")  # beside ours, in the same folder
     cli = run([*args, "--ckpt", "last", "--trainer.max_steps", "4"])
     assert Path(cli.trainer.default_root_dir) == folder
     assert len([row for row in entries(folder) if "train/loss" in row]) == 4
