@@ -7,6 +7,10 @@ OF_THE_SYSTEM = {  # what a user can change: space and permissions
     errno.EIO,
 }  # fmt: skip
 
+UNREADABLE = (  # what yaml raises, beside YAMLError, for values that are none of their type, and for deep nesting
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
+
 
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its type where it has none."""

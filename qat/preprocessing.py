@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from math import floor
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from qat.errors import QatError
 from qat.ranges import Range, check_fields, check_value
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-INTERPOLATIONS = get_args(Interpolation)
 FIELDS = ("size", "resize", "interpolation", "mean", "std")  # what can be set, and what a checkpoint stores
 Mean = Annotated[float, Range(-100, 100)]
 Deviation = Annotated[float, Range(above=0, high=100)]

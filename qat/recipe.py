@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from qat.errors import QatError
+from qat.errors import UNREADABLE, QatError
 from qat.quantizers import Spec
 from qat.quantizers.named import check_keys, plain, spec_from_dict
 from qat.ranges import shown
@@ -168,7 +168,7 @@ def _read_table(recipe: str) -> list[Any]:
         raise QatError(f"no recipe {recipe!r}: choose from {', '.join(sorted(named))}, or give the path of a YAML file")
     try:
         table = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise QatError(f"recipe {recipe!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(table, list):
         raise QatError(

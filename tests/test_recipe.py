@@ -223,8 +223,12 @@ def test_the_range_follows_from_width_and_sign(signed, qmin, qmax):
             "no quantizer is called 'LQS': choose from.* LSQ",
         ),
         ("- {match: '*', spec: {class_path: no.such.Kind}}", "quantizer 'no.such.Kind' is no part of qat.*--trust"),
-        ("- {match: '*', spec: {class_path: qat.cli.Kind}}", "cannot import the quantizer 'qat.cli.Kind'"),
+        ("- {match: '*', spec: {class_path: qat.cli.Kind}}", "'qat.cli.Kind' is no quantizer of qat: choose from"),
+        ("- {match: 2024-99-99, spec: null}", "is not valid YAML: month must be in 1..12"),
+        ("- {match: !!float '', spec: null}", "is not valid YAML"),
+        ("[" * 2000, "is not valid YAML"),
         ("- {match: '*', spec: {class_path: qat.errors.QatError}}", "'qat.errors.QatError' is no quantizer"),
+        ("- {match: '*', spec: {class_path: qat.__main__.X}}", "'qat.__main__.X' is no quantizer of qat"),
         (
             "- {match: 'a.*', spec: {class_path: LSQ, init_args: {bits: 4, grain: head}}}",
             r"rule 'a.\*': LSQ has no option 'grain': choose from bits, signed",

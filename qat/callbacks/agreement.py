@@ -38,7 +38,9 @@ class Agreement:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             options: dict[str, Any] = {"is_master": False, "timeout": PATIENCE, "wait_for_workers": False}
             store = distributed.TCPStore(address, port, **options)  # type: ignore[attr-defined]
-            self._store = distributed.PrefixStore(f"qat/{next(self._connections)}", store)  # type: ignore[attr-defined]
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store when it starts again
+            prefix = f"qat/{attempt}/{next(self._connections)}"
+            self._store = distributed.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
     def ask(self, wanted: int) -> int:
         """Say what this process wants, or 0; return what was wanted one boundary ago, or now where it is alone.

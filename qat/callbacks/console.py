@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from qat.callbacks.last_logged import LastLogged
 from qat.callbacks.remaining import RemainingTime
+from qat.training.length import total_steps
 from qat.training.module import QATModule
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,7 @@ class ConsoleLog(L.Callback):
         """Say where training starts."""
         self._last_line = time.monotonic()
         self._remaining.start(trainer)
-        assert isinstance(pl_module, QATModule)
-        place = (trainer.global_step, pl_module.total, trainer.current_epoch + 1)
+        place = (trainer.global_step, total_steps(trainer), trainer.current_epoch + 1)  # the module counts them later
         log.info("training starts at step %d of %d, pass %d", *place)
 
     def on_train_batch_end(

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 
 Counts = dict[str, Any]
+NUMBERS = ("ready", "started", "processed", "completed")
 
 
 def count_between_batches(checkpoint: dict[str, Any]) -> None:
@@ -51,8 +52,20 @@ def count_steps(checkpoint: dict[str, Any], steps: int) -> None:
 def begin_a_validation(trainer: L.Trainer) -> None:
     """Forget that an earlier start of the run has left a validation in the middle: it would be repeated again."""
     total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
-    counts = dict.fromkeys(("ready", "started", "processed", "completed"), total.completed)
-    total.load_state_dict(counts)
+    total.load_state_dict(dict.fromkeys(NUMBERS, total.completed))
+
+
+def left_in_a_validation(trainer: L.Trainer) -> bool:
+    """Whether a resumed run starts with a validation, by `count_before_a_validation`."""
+    total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.state_dict()
+    return bool(total["started"] != total["completed"])
+
+
+def count_the_pass_as_over(trainer: L.Trainer) -> None:
+    """Count a resumed run whose steps are all done as Lightning counts it when training ends: no pass is open."""
+    progress = trainer.fit_loop.epoch_progress
+    for counts in (progress.total, progress.current):
+        counts.load_state_dict(dict.fromkeys(NUMBERS, counts.ready))
 
 
 def batches_of(checkpoint: dict[str, Any]) -> int:

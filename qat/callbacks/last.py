@@ -63,6 +63,7 @@ class SaveLast(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The step that training starts or resumes with needs no checkpoint."""
         self._saved = trainer.global_step
+        self._pass_is_over = trainer.fit_loop.done  # only the validation of the last step is left
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -71,6 +72,8 @@ class SaveLast(Checkpoint):
         self._pass_is_over = False
         if batch_idx % trainer.accumulate_grad_batches:
             return
+        # Lightning counts one step more after a checkpoint from between two passes; loggers number their entries by it.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         self._between_batches = True
         if reason := self._agreement.ask(self._wanted(trainer)):
             self._save(trainer)
@@ -164,7 +167,9 @@ def _metrics_files(trainer: L.Trainer) -> list[MetricsFile]:
 
 def _stopped(trainer: L.Trainer, reason: int) -> stop.Stopped:
     signum = 0 if reason == TIME_IS_OVER else reason
-    return stop.Stopped(signum, f"at step {trainer.global_step}; go on with --ckpt last", saved=True)
+    runs = Path(trainer.default_root_dir).parent.parent
+    elsewhere = f" --runs {runs}" if runs != Path("runs") else ""
+    return stop.Stopped(signum, f"at step {trainer.global_step}; go on with --ckpt last{elsewhere}", saved=True)
 
 
 def _take_averages_out(trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, get_type_hints
 
+import torch
 from torch import nn
 
 from qat.errors import QatError
@@ -13,10 +14,11 @@ from qat.model_args import check_model_args
 from qat.models import build_float
 from qat.models.arch import check_arch, default_preprocessing, has_one_size
 from qat.preprocessing import FIELDS, Preprocessing, check_partial
+from qat.quantizers import Spec
 from qat.quantizers.named import check_keys
 from qat.ranges import Range, check_value, shown
 from qat.recipe import Rule
-from qat.sites.insert import quantize
+from qat.sites.insert import quantize, sites
 
 FORMAT = 1
 DEPTH = 8  # lists and mappings inside each other
@@ -128,7 +130,13 @@ class Card:
         names = ["arch", "model_args", "num_classes", "rules"]
         if evaluates_alike:
             names += ["preprocessing", *(["classes"] if self.classes and other.classes else [])]
-        return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
+        different = (name for name in names if getattr(self, name) != getattr(other, name))
+        return next((name for name in different if name != "rules" or self._specs() != other._specs()), None)
+
+    def _specs(self) -> list[tuple[str, Spec | None]]:
+        """The name of every site, and the quantizer that the rules give it: other rules may say the same."""
+        with torch.device("meta"):
+            return [(name, getattr(site, "spec", None)) for name, site in sites(self.build())]
 
 
 def check_plain(value: Any, name: str) -> None:

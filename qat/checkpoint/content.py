@@ -129,10 +129,10 @@ def _check_optimizer(content: Mapping[str, Any], card: Card, source: str) -> Non
     states, schedules = content["optimizer_states"], content["lr_schedulers"]
     if len(states) != 1 or not isinstance(states[0], Mapping) or not {"state", "param_groups"} <= states[0].keys():
         raise QatError(f"{source} holds the state of no single optimizer: {WAY_OUT}")
-    groups = [group["params"] for group in param_groups(outline(card, len(content["state_dict"])), 1.0, 1.0, 1.0)]
     theirs, moments = states[0]["param_groups"], states[0]["state"]
-    sizes = [len(group["params"]) for group in theirs if _is_group(group)] if isinstance(theirs, list) else []
-    wanted = [len(group) for group in groups]
+    model = outline(card, len(content["state_dict"]))
+    groups = [group["params"] for group in param_groups(model, 0.0, 1.0, 1.0, _is_older(model, theirs))]
+    sizes, wanted = _sizes(theirs), [len(group) for group in groups]
     if sizes != wanted:
         raise QatError(f"{source}: its optimizer has groups of {sizes} parameters, not of {wanted}: {WAY_OUT}")
     numbers = [number for group in theirs for number in group["params"]]
@@ -141,6 +141,31 @@ def _check_optimizer(content: Mapping[str, Any], card: Card, source: str) -> Non
     for number, parameter in zip(numbers, (p for group in groups for p in group), strict=True):
         _check_moments(moments.get(number, {}), parameter, f"{source}: its optimizer")
     _check_schedule(schedules, len(groups), source)
+
+
+def has_older_groups(content: Mapping[str, Any], model: nn.Module, weight_decay: float) -> bool:
+    """Whether a run has the groups that older versions made without decay; QatError if it shall go on with decay."""
+    if not any(_is_older(model, state["param_groups"]) for state in content.get("optimizer_states", ())):
+        return False
+    if weight_decay:
+        raise QatError(
+            f"model.weight_decay is {weight_decay:g}, but the checkpoint is from a run without, by an older version: "
+            f"resume with 0, or {WAY_OUT}"
+        )
+    return True
+
+
+def _is_older(model: nn.Module, stored: Any) -> bool:
+    """Whether the stored groups of an optimizer are those that older versions made of ``model`` without decay."""
+    known, older = (
+        [len(group["params"]) for group in param_groups(model, 0.0, 1.0, 1.0, undivided)] for undivided in (False, True)
+    )
+    return _sizes(stored) == older != known
+
+
+def _sizes(groups: Any) -> list[int]:
+    """How many parameters the stored groups of an optimizer have; empty for what is no list."""
+    return [len(group["params"]) for group in groups if _is_group(group)] if isinstance(groups, list) else []
 
 
 def _is_group(group: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from qat.checkpoint.card import Card
 from qat.checkpoint.content import AVERAGED, KEY, check_content, check_weights, model_weights
 from qat.errors import QatError
 from qat.models.torch_file import read_plain, reason
+from qat.ranges import shown
 
 
 def read(path: str | Path, option: str = "--ckpt", trust: bool = False) -> tuple[Card, dict[str, Any]]:
@@ -68,7 +70,7 @@ def load_into(model: nn.Module, card: Card, path: str | Path, trust: bool = Fals
     option = "model.quant_checkpoint"
     theirs, content = read(path, f"--{option}", trust)
     if (field := theirs.difference(card, evaluates_alike=True)) is not None:
-        way_out = "calibrate with this config" if field == "rules" else "give the options that it was made with"
+        way_out = _way_out(field, theirs, card)
         raise QatError(f"{option}: {path} holds another model, {field} differs from this one: {way_out}")
     model.load_state_dict(model_weights(content, str(path)), strict=True)
     calibration: dict[str, Any] = content[KEY].get("calibration", {})
@@ -97,11 +99,33 @@ def check_restored(content: Mapping[str, Any], card: Card, model: nn.Module, res
     check_weights(model, model_weights(content, "the checkpoint"), "the checkpoint")
 
 
+def _way_out(field: str, theirs: Card, ours: Card) -> str:
+    """What to do where a field of two cards differs; the stored values of the preprocessing are named."""
+    if field == "rules":
+        return "calibrate with this config"
+    if field == "classes" and sorted(theirs.classes) == sorted(ours.classes):
+        first = ", ".join(theirs.classes[:4])
+        return (
+            f"their order is {shown(first)}, ...: give it as --data.class_map FILE, a name per line, or calibrate again"
+        )
+    if field != "preprocessing":
+        return "give the options that it was made with"
+    stored = theirs.preprocessing
+    different = [name for name in stored if stored[name] != ours.preprocessing.get(name)]
+    options = [f"--data.preprocessing.{name} {str(stored[name]).replace(' ', '')}" for name in different]
+    return f"it was made with {' '.join(options)}: give that, or calibrate with this config"
+
+
 def _read_file(path: Path, option: str) -> dict[str, Any]:
     """What a file holds, tensors on the disk; QatError if it is missing, damaged or not one of ours."""
     if not path.is_file():
         raise QatError(
             f"no checkpoint {path}: {option} takes a file that qat wrote, such as runs/NAME/DATE/last.ckpt or ptq.ckpt"
+        )
+    if not is_zipfile(path):
+        what = "is empty" if not path.stat().st_size else "is no file that torch has saved"
+        raise QatError(
+            f"{path} {what}: {option} takes a checkpoint of qat, such as runs/NAME/DATE/last.ckpt or ptq.ckpt"
         )
     try:
         content = read_plain(path, mmap=True)

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from qat.cli.check_paths import check_folder, check_name
 from qat.cli.check_trainer import RANGES
 from qat.cli.options import GROUPS, OF_ALL_VERBS, OF_ONE_VERB
-from qat.cli.parse import Hints, hints_of, instantiate, parse
+from qat.cli.parse import Hints, hints_of, imports_of, instantiate, parse
 from qat.errors import QatError
 from qat.quantizers.named import plain
 from qat.ranges import check_value
@@ -47,7 +47,17 @@ def parse_options(
                 model[name] = os.path.expanduser(value)
         if model.get("rules") is not None:
             model["rules"] = [plain(rule) for rule in model["rules"]]
+            _check_quantizers(parser, model["rules"])
     return found[0], found[1]
+
+
+def _check_quantizers(parser: ArgumentParser, rules: Sequence[Any]) -> None:
+    """Raise QatError where the rules of a file name quantizers of other packages, which would be imported."""
+    for rule in rules:
+        spec = plain(rule.get("spec")) if isinstance(rule, Mapping) else None
+        name = spec.get("class_path") if isinstance(spec, Mapping) else None
+        if isinstance(name, str) and "." in name:
+            imports_of(parser).check(name)
 
 
 def option_hints(verb: str, trainer: Mapping[str, Any]) -> Hints:

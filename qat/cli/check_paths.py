@@ -7,6 +7,17 @@ from pathlib import Path
 
 from qat.errors import QatError
 
+KEPT = (
+    ".ckpt",
+    ".safetensors",
+    ".pth",
+    ".pt",
+    ".bin",
+    ".h5",
+    ".hdf5",
+    ".yaml",
+    ".yml",
+)  # no table replaces such a file
 LONGEST = 200  # characters of a name; file systems take 255 bytes
 
 
@@ -16,8 +27,12 @@ def check_folder(option: str, path: Path | None) -> None:
         return
     if not path.parent.is_dir():
         raise QatError(f"{option} {path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    target = Path(os.path.realpath(path))  # a link is followed
+    irregular = os.path.exists(path) and not os.path.isfile(path)  # a folder, a device, a pipe
+    if irregular or not os.access(target.parent, os.W_OK):
         raise QatError(f"{option} {path} cannot be written: give the name of a file in a folder that can")
+    if path.exists() and {path.suffix.lower(), target.suffix.lower()} & set(KEPT):
+        raise QatError(f"{option} {path} exists and is no table: give another name")
 
 
 def check_name(name: str | None) -> None:

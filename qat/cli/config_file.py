@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from qat.errors import QatError
+from qat.errors import UNREADABLE, QatError
 
 LARGEST = 10_000_000  # bytes; a checkpoint given as a config is larger, or no text
 SECTIONS = ("model", "data", "trainer", "calibration")
 TRUSTED = ("qat", "lightning", "pytorch_lightning", "lightning_fabric", "torch")  # packages that a file may name
 LOADED = tuple(f"trainer.{name}" for name in ("accelerator", "callbacks", "logger", "plugins", "profiler", "strategy"))
 NAME = re.compile(r"[A-Za-z_][\w.]*\+?")
-DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+DEEPEST = 50  # levels of lists and mappings in one another
 WAY_OUT = "a config file may name classes of qat, lightning and torch; for a file that you trust, give --trust true"
 
 
@@ -28,9 +28,11 @@ class _UniqueKeys(yaml.SafeLoader):
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
-        if key.value in seen and isinstance(key, yaml.ScalarNode):
+        if not isinstance(key, yaml.ScalarNode):
+            continue  # no option has such a name, and yaml refuses it, or read_config does
+        if key.value in seen:
             raise QatError(f"{key.value!r} stands twice, the second time in line {key.start_mark.line + 1}")
-        seen.add(str(key.value))
+        seen.add(key.value)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
@@ -47,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
     text = _text(path)
     try:
         content = yaml.load(text, _UniqueKeys)  # it is a SafeLoader
-    except (yaml.YAMLError, QatError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise QatError(f"config {path} is not valid YAML: {_shortened(error)}") from None
     if content is None:
         raise QatError(f"config {path} is empty: write options such as model: {{arch: deit_tiny_patch16_224}}")
@@ -68,13 +70,20 @@ def check_trusted(path: Path, content: Mapping[str, Any]) -> None:
     """Refuse a config file that names classes of other packages, which would be imported.
 
     Raises:
-        QatError: a class outside the trusted packages, or the word ``trust`` itself, which only the user may say.
+        QatError: a class outside the trusted packages, the word ``trust`` itself, which only the user may say, or
+            nesting that is too deep to be looked through.
     """
-    for holder in (content, content.get("model", {})):
-        if holder.get("trust"):
+    for key, value in _values(content, path):
+        if key.split(".")[-1] == "trust" and value not in (None, False):
             raise QatError(f"config {path} asks to be trusted: only the command line can, with --trust true")
-    for name in _foreign(content, path.parent):
+    for name in _foreign(content, path):
         raise QatError(f"config {path} names {name}: {WAY_OUT}")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a dotted name is one of the packages that a file may name; names with ``__`` are for Python alone."""
+    parts = name.split(".")
+    return parts[0] in TRUSTED and not any(part.startswith("__") for part in parts)
 
 
 def is_loaded(option: str, value: str, folder: Path = Path()) -> bool:
@@ -97,18 +106,18 @@ def _text(path: Path) -> str:
         raise QatError(f"--config {path}: {error.strerror}") from None
 
 
-def _foreign(content: Mapping[str, Any], folder: Path) -> Iterator[str]:
+def _foreign(content: Mapping[str, Any], path: Path) -> Iterator[str]:
     """Names of classes and functions of other packages that the parser would import."""
-    for key, value in _strings(content):
-        words = value.strip()
-        if not DOTTED.fullmatch(words) or words.split(".")[0] in TRUSTED:
+    for key, value in _values(content, path):
+        if not isinstance(value, str):
             continue
-        named = key == "class_path" or key.startswith(("trainer", "calibration", "model.regularizers", "model.rules"))
-        if key.endswith("class_path") or (named and _can_be_imported(words)):
+        words = value.strip()
+        dotted = "." in words and all(part.isidentifier() for part in words.split("."))
+        named = key.startswith(("trainer", "calibration", "model.regularizers", "model.rules"))
+        if dotted and not is_ours(words) and (key.endswith("class_path") or (named and _can_be_imported(words))):
             yield words
-    for key, value in _strings(content.get("trainer", {})):
-        if is_loaded(f"trainer.{key}", value, folder):
-            yield f"the file {value} as trainer.{key}"
+        if is_loaded(key, value, path.parent):
+            yield f"the file {value} as {key}"
 
 
 def _can_be_imported(name: str) -> bool:
@@ -118,16 +127,33 @@ def _can_be_imported(name: str) -> bool:
         return False
 
 
-def _strings(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Every text in nested data, with its dotted key."""
-    if isinstance(content, str):
+def _values(content: Any, path: Path, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every value in nested data, with its dotted key; text that is YAML again is nested data too.
+
+    Raises:
+        QatError: the data is nested too deeply.
+    """
+    if depth > DEEPEST:
+        raise QatError(f"config {path}: {key} is nested deeper than {DEEPEST} levels")
+    inner = _as_yaml(content) if isinstance(content, str) else content
+    if isinstance(inner, dict):
+        for name, value in inner.items():
+            yield from _values(value, path, f"{key}.{name}".lstrip("."), depth + 1)
+    elif isinstance(inner, list):
+        for value in inner:
+            yield from _values(value, path, key, depth + 1)
+    else:
         yield key, content
-    elif depth < 50 and isinstance(content, dict):
-        for name, value in content.items():
-            yield from _strings(value, f"{key}.{name}".lstrip("."), depth + 1)
-    elif depth < 50 and isinstance(content, list):
-        for value in content:
-            yield from _strings(value, key, depth + 1)
+
+
+def _as_yaml(text: str) -> Any:
+    """What the parser may read in a text: a list or a mapping, or else the text itself."""
+    if not any(sign in text for sign in "[{:-"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, *UNREADABLE):
+        return text
 
 
 def _kind(value: Any) -> str:

@@ -26,6 +26,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     trust = says_trust(arguments)
     _check_other_files(arguments, trust)
+    _check_short_flags(arguments)
     words = iter(arguments)
     for word in words:
         flag, _, value = word.partition("=")
@@ -44,6 +45,13 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def _check_short_flags(arguments: Sequence[str]) -> None:
+    """Refuse ``-cFILE``, which the parser would read as a config that nobody has checked."""
+    for word in arguments:
+        if word.startswith("-c") and word.partition("=")[0] not in FLAGS:
+            raise QatError(f"{word} gives a config without a space: write --config {word.removeprefix('-c')}")
+
+
 def _check_other_files(arguments: Sequence[str], trust: bool) -> None:
     """Refuse files that the parser would read beside those of ``--config``."""
     for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
@@ -57,6 +65,7 @@ def _check_other_files(arguments: Sequence[str], trust: bool) -> None:
 
 def check_configs(arguments: Sequence[str]) -> None:
     """Check the config files that a command names, of a verb whose configs have no bases."""
+    _check_short_flags(arguments)
     for path in given_configs(arguments):
         if not path or path.startswith("--"):
             raise QatError("--config stands without a value: give the path of a YAML file after it")

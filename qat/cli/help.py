@@ -27,7 +27,7 @@ EXAMPLES = {
     ),
     "validate": (
         "qat validate --ckpt last --data.root DIR",
-        "qat validate --config configs/ptq/repq_vit.yaml --data.root DIR --model.w_bits 4 --model.a_bits 4",
+        "qat validate --config configs/ptq/repq_vit.yaml --data.root DIR",
     ),
     "predict": ("qat predict --ckpt last --data.images PHOTOS --output predictions.csv",),
     "describe": ("qat describe --config configs/deit_t_w4a4.yaml", "qat describe --ckpt last --full true"),
@@ -79,11 +79,14 @@ TRAINER = {  # in our own words; of others the first sentence of Lightning is sh
     "trainer.deterministic": "use deterministic algorithms only; false when null",
     "trainer.profiler": "simple, advanced or pytorch; nothing is measured when null",
 }
-SET_BY_QAT = {"barebones", "default_root_dir", "enable_autolog_hparams", "enable_checkpointing", "enable_model_summary",
-              "model_registry", "num_sanity_val_steps", "reload_dataloaders_every_n_epochs",
-              "use_distributed_sampler"}  # fmt: skip
-CONFIGS = """Every option can stand in a config too: --model.lr 1e-3 is {{model: {{lr: 1.0e-3}}}} there.
---print_config shows what a command would use. A class, such as a method of calibration, has options of its own:
+SET_BY_QAT = {
+    "barebones", "default_root_dir", "enable_autolog_hparams", "enable_checkpointing", "enable_model_summary",
+    "fast_dev_run", "limit_test_batches", "model_registry", "num_sanity_val_steps", "overfit_batches",
+    "reload_dataloaders_every_n_epochs", "use_distributed_sampler",
+}  # fmt: skip
+CONFIGS = """Every option can stand in a config too: --model.lr 1e-3 is
+{{model: {{lr: 1.0e-3}}}} there. --print_config shows what a command would use.
+A class, such as a method of calibration, has options of its own:
 `qat {verb} --calibration.method.help RepQViT` lists them."""
 OF_TRAINING = {
     *(f"model.{name}" for name in ("betas", "compile", "drop_path", "eps", "lr", "min_lr", "regularizers", "step_lr",

@@ -39,7 +39,7 @@ from qat.cli.save_config import SaveConfig
 from qat.cli.settle import settle
 from qat.cli.summary import after_training, show
 from qat.cli.trainer import TRAINER_DEFAULTS, Trainer
-from qat.data.imagenet import ImageNetDataModule
+from qat.data.imagenet import START, ImageNetDataModule
 from qat.errors import QatError
 from qat.runs.checkpoint_io import AtomicCheckpoints
 from qat.runs.folder import LAST, config_name
@@ -127,6 +127,9 @@ class QatCLI(LightningCLI):
         self.config_init = instantiate(self.parser, config)
         options = self.config_init[self.verb]
         self.datamodule = ImageNetDataModule(options.data, options.model.classes)
+        if self.verb == "fit" and self.ckpt is not None:  # the passes that were made are part of the length of the run
+            content = checkpoint.read(self.ckpt, trust=options.trust)[1]
+            self.datamodule.load_state_dict(content.get(ImageNetDataModule.__qualname__, START))
         self.trainer = self.instantiate_trainer()  # what is wrong with it shows before weights are read or downloaded
         self.model = QATModule(options.model)
 
@@ -202,7 +205,7 @@ class QatCLI(LightningCLI):
         except Stopped as stopped:
             if stopped.signum:
                 raise
-            log.info("trainer.max_time is over: %s", stopped)
+            show(f"trainer.max_time is over: {stopped}", f"checkpoint: {self._run_folder() / LAST}")
             return
         except QatError as error:
             if self.trainer.global_step <= step or not (self._run_folder() / LAST).is_file() or "--ckpt" in str(error):

@@ -14,11 +14,13 @@ from typing import Any, NoReturn, get_type_hints
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import register_type
 
-from qat.errors import QatError, first_line
+from qat.cli.configs import says_trust
+from qat.cli.imports import Imports, checked, typed_names
+from qat.errors import UNREADABLE, QatError, first_line
 from qat.ranges import describe_hint, shown
 
 Hints = Callable[[str], Any]  # annotation of an option by its dotted name; None where it is not known
-WRONG = (ArgumentError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RecursionError)
+WRONG = (ArgumentError, ImportError, OSError, *UNREADABLE)
 SET_UP = (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError, AssertionError)
 UNKNOWN = re.compile(
     r"unrecognized arguments?: (?P<word>\S+)|Group '(?P<group>[^']+)' does not accept option '(?P<inner>[^']+)'"
@@ -37,6 +39,7 @@ OTHERS = re.compile(" - (?:Problem with given|Not a valid subclass)")
 AFTER_VALUE = re.compile(" - Expected| Subclass types")
 VALUE = re.compile(r"(?:Got value|Given value): (.*)$")
 MANY = 10  # classes that are not listed any more
+IMPORTS = "qat_imports"  # attribute of a parser: what the command line that it has read may import
 LONGEST = 300  # characters of a message that is not understood
 
 
@@ -67,11 +70,16 @@ def parse(parser: ArgumentParser, words: Sequence[str], hints: Hints, known: Ite
         QatError: one line, whatever is wrong.
     """
     set_up_paths()
+    imports = Imports(says_trust(words), typed_names(words))
+    vars(parser)[IMPORTS] = imports
     try:
-        return parser.parse_args(list(words), **how)
+        with checked(imports):
+            return parser.parse_args(list(words), **how)
     except QatError:
         raise
     except WRONG as error:
+        if imports.refused:
+            raise QatError(imports.refused[0]) from None
         _explain(error, hints, list(known))
 
 
@@ -81,7 +89,8 @@ def instantiate(parser: ArgumentParser, config: Any) -> Any:
     The options are in the constructors' own words where they are those of other packages.
     """
     try:
-        return parser.instantiate(config)
+        with checked(imports_of(parser)):
+            return parser.instantiate(config)
     except QatError:
         raise
     except SET_UP as error:
@@ -89,6 +98,13 @@ def instantiate(parser: ArgumentParser, config: Any) -> Any:
         while (inner := cause.__cause__ or cause.__context__) is not None and not isinstance(cause, QatError):
             cause = inner
         raise QatError(f"{'' if isinstance(cause, QatError) else _builder(cause)}{_flat(cause)}") from error
+
+
+def imports_of(parser: ArgumentParser) -> Imports:
+    """What the command line that a parser has read may import; without one, our own packages."""
+    found = vars(parser).get(IMPORTS, Imports())
+    assert isinstance(found, Imports)
+    return found
 
 
 def _builder(error: BaseException) -> str:

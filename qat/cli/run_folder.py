@@ -8,7 +8,7 @@ from typing import Any
 
 from qat.cli.run_of_ckpt import Origin
 from qat.runs.folder import fresh_folder, parent_of_runs
-from qat.runs.lock import FolderLock, remove_unused
+from qat.runs.lock import FolderLock
 from qat.runs.process import first_process
 
 
@@ -48,9 +48,7 @@ class RunFolder:
     def close(self, refused: bool) -> None:
         """Let other commands write there; leave no folder of a command that was refused before it wrote anything."""
         if self._lock is not None and self.path is not None:
-            self._lock.release()
-            if refused:
-                remove_unused(self.path)
-                if self._new_root is not None:
-                    with suppress(OSError):  # other runs are there by now
-                        self._new_root.rmdir()
+            self._lock.release(unused=refused)
+            if refused and self._new_root is not None:
+                with suppress(OSError):  # other runs are there by now
+                    self._new_root.rmdir()

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from qat.cli.configs import given_configs
-from qat.errors import QatError
+from qat.data.splits import HUB
+from qat.errors import UNREADABLE, QatError
 from qat.runs.folder import find_checkpoint, names_a_run, newest_config
 
-PLACES = ("root", "classes", "class_map", "val_labels", "workers", "val_batch_size")  # options of ``data``
+PLACES = ("root", "class_map", "val_labels")  # options of ``data`` that are paths
+NUMBERS = ("workers", "val_batch_size")
 
 
 class Origin(NamedTuple):
@@ -77,11 +79,29 @@ def _value_of(words: Sequence[str], flag: str) -> str | None:
 
 
 def _places(config: Path) -> list[str]:
-    """Options that say where the images of a run are, as words of a command line."""
+    """Options that say where the images of a run are, as words of a command line.
+
+    Only those that can be used here: the file may be from another machine, and nothing is downloaded for it.
+    """
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, yaml.YAMLError, *UNREADABLE):
         return []  # the checkpoint alone is enough
     data: Any = content.get("data") if isinstance(content, dict) else None
     known = data if isinstance(data, dict) else {}
-    return [f"--data.{name}={known[name]}" for name in PLACES if known.get(name) is not None]
+    found = {name: known.get(name) for name in (*PLACES, *NUMBERS, "classes")}
+    usable = {name: value for name, value in found.items() if _is_usable(name, value)}
+    return [f"--data.{name}={value}" for name, value in usable.items()]
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    """Whether an option from a config beside a checkpoint can be used on this machine."""
+    if name in NUMBERS:
+        return type(value) is int and value >= (name != "workers")
+    if name == "classes":
+        return value in ("auto", "folders")
+    try:
+        path = Path(str(value)).expanduser()
+        return isinstance(value, str) and path.parts[:1] != (HUB,) and path.exists()
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, with a zero byte, or of an unknown user
+        return False

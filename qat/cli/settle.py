@@ -77,7 +77,8 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
     if model.quant_checkpoint is not None:
         checkpoint.read(model.quant_checkpoint, "--model.quant_checkpoint", trust)
     calibrates = bool(table) and ckpt is None and model.quant_checkpoint is None
-    if given.get("calibration") and not calibrates:
+    resumes = verb == "fit" and ckpt is not None  # its config was made for the calibration that came before
+    if given.get("calibration") and not calibrates and not resumes:
         log.info("the model is calibrated already: calibration.* is not used")
     if verb != "describe":
         from qat.data.check import check_data

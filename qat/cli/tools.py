@@ -57,6 +57,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file of options; later options win.")
+    arguments = ["--help" if word == "--help-all" else word for word in arguments]  # it has no more to say
     for word, text in tool.positional.items():
         parser.add_argument(word, metavar=word.upper(), type=Path, help=text)
     parser.add_class_arguments(tool.options, as_group=False, skip=set(tool.positional))

@@ -11,15 +11,16 @@ timm also reads pickles. They can run code when they are read, so they are refus
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qat.data.label_file import read_text
+from qat.data.folder import DIGITS
+from qat.data.label_file import read_csv, read_text
 from qat.errors import QatError
+from qat.ranges import shown
 
 OPTION = "data.class_map"
 Entry = tuple[str, str, Any]  # place in the file, name, label
@@ -38,7 +39,7 @@ def read_class_map(file: Path) -> tuple[str, ...]:
         label = _as_label(number)
         if label is None or not name:
             raise QatError(
-                f"{place}: expected the name of a class and its label, 0 or more, found {name!r}, {number!r}"
+                f"{place}: expected the name of a class and its label, 0 or more, found {shown(name)}, {shown(number)}"
             )
         if name in labels:
             raise QatError(f"{place}: the class {name!r} has the label {labels[name]} already")
@@ -75,22 +76,24 @@ def _of_lines(file: Path) -> Iterable[Entry]:
 
 
 def _of_table(file: Path) -> Iterable[Entry]:
-    rows = [(number, row) for number, row in enumerate(csv.reader(read_text(file, OPTION)), 1) if row]
+    rows = list(read_csv(file, OPTION))
     if rows and len(rows[0][1]) == 2 and _as_label(rows[0][1][1]) is None:
         rows = rows[1:]  # the names of the columns
     for number, row in rows:
         if len(row) != 2:
             raise QatError(
-                f"{file}, line {number}: expected the name of a class and its label, found {','.join(row)!r}"
+                f"{file}, line {number}: expected the name of a class and its label, found {shown(','.join(row))}"
             )
-        yield f"{file}, line {number}", row[0].strip(), row[1]
+        yield f"{file}, line {number}", row[0], row[1]
 
 
 def _of_json(file: Path) -> Iterable[Entry]:
     try:
         found = json.loads("\n".join(read_text(file, OPTION)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QatError(f"{OPTION}: {file} is no JSON: {error}") from None
+    if isinstance(found, list) and (wrong := [name for name in found if isinstance(name, list | dict)]):
+        raise QatError(f"{file} has a {type(wrong[0]).__name__} where the name of a class belongs")
     pairs = dict(zip(map(str, found), range(len(found)), strict=True)) if isinstance(found, list) else found
     if not isinstance(pairs, dict):
         raise QatError(f"{OPTION}: {file} holds a {type(found).__name__}: give an object of labels or a list of names")
@@ -101,6 +104,6 @@ def _of_json(file: Path) -> Iterable[Entry]:
 
 def _as_label(value: Any) -> int | None:
     """A label written as an integer or as its digits; None for anything else."""
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) <= DIGITS:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

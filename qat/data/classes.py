@@ -25,8 +25,10 @@ from qat.data.source import Source
 from qat.data.splits import find_keys, find_source, has_split, place_of
 from qat.data.tar import tar_source
 from qat.errors import QatError
+from qat.ranges import shown
 
 ILSVRC = "ILSVRC2012_val_"  # how the validation images of ImageNet are called
+MOST = 1_000_000  # classes of a model
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +69,7 @@ class Classes:
             labels = self._by_number(source, keys) or labels
         if (other := next((key for key in keys if key not in labels), None)) is not None:
             raise QatError(
-                f"{source.place}: the class {other!r} is none of the {len(self.names)} of the "
+                f"{source.place}: the class {shown(other)} is none of the {len(self.names)} of the "
                 f"{'model' if self.known else 'training images'}, {_some(self.names)}: they must be the same, or "
                 "data.class_map gives the label of each folder"
             )
@@ -157,6 +159,10 @@ def _unknown(tree: Tree) -> Classes:
     """The classes of a tree, where only the images are known."""
     folders = tree.keys()
     if are_numbers(folders) and (source := tree.source("train" if tree.has("train") else "val")).numbered:
+        if int(folders[-1]) >= MOST:
+            raise QatError(
+                f"{source.place}: the label {folders[-1]} is too large: a model has at most {MOST:,} classes"
+            )
         is_imagenet = all(name.rpartition("/")[2].startswith(ILSVRC) for name in source.names)
         return _numbered(wnids() if is_imagenet else [str(label) for label in range(int(folders[-1]) + 1)])
     return _numbered(wnids() if tree.classes == "auto" and set(folders) <= set(wnids()) else folders)

@@ -17,6 +17,7 @@ from qat.errors import QatError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif", ".avif",
             ".heic", ".heif")  # fmt: skip  # HEIF is listed so that it is reported rather than left out
 EXPECTED = "train/<class>/*.JPEG and val/<class>/*.JPEG"
+DIGITS = 18  # of the largest number that a class can be; a longer one is a name
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +53,7 @@ def in_order(classes: Iterable[str]) -> list[str]:
 
 def are_numbers(names: Iterable[str]) -> bool:
     """Whether every name is a number, such as 17."""
-    return all(name.isascii() and name.isdecimal() for name in names)
+    return all(len(name) <= DIGITS and name.isascii() and name.isdecimal() for name in names)
 
 
 @cache

@@ -19,8 +19,9 @@ from qat.data.classes import Classes, Tree
 from qat.data.crops import CropDistribution
 from qat.data.folder import find_loose_images
 from qat.data.images import Batch, CropView, EvalView, Images, View, load
+from qat.data.listing import LIST, with_list
 from qat.data.options import DataOptions
-from qat.data.order import ResumableBatchSampler, batches_done, batches_per_pass, crop_passes, shuffled
+from qat.data.order import ResumableBatchSampler, batches_done, batches_per_pass, longer_passes, shuffled
 from qat.data.softlabels.reader import SoftLabels
 from qat.data.softlabels.replay import ReplayView
 from qat.data.source import Source
@@ -31,6 +32,7 @@ from qat.preprocessing import Preprocessing
 
 __all__ = ["Batch", "ImageNetDataModule"]
 log = logging.getLogger(__name__)
+START: dict[str, Any] = {"epoch": 0, "batches": 0, "passes": ()}  # state of a run that has not begun
 TRIES = {"error": 1, "skip": 100}  # files tried for one training sample; more unreadable ones in a row: a broken disk
 
 
@@ -54,7 +56,7 @@ class ImageNetDataModule(L.LightningDataModule):
         self.crop_distribution = CropDistribution(**options.given_crop_options)
         self.unreadable = UnreadableImages(skip=options.on_bad_image == "skip")
         self.plan_batches(1, None)
-        self._epoch, self._resumed = 0, {"epoch": 0, "batches": 0}
+        self._epoch, self._resumed = 0, START
 
     @property
     def tree(self) -> Tree:
@@ -78,7 +80,7 @@ class ImageNetDataModule(L.LightningDataModule):
     @property
     def passes(self) -> list[int]:
         """Crops per image in each pass over the images; its length is the number of Trainer epochs."""
-        return crop_passes(self.options.crop_epochs, self.options.crops_per_image)
+        return longer_passes(self.options.crop_epochs, self.options.crops_per_image, self._resumed.get("passes", []))
 
     @property
     def val_batch_size(self) -> int:
@@ -146,9 +148,9 @@ class ImageNetDataModule(L.LightningDataModule):
         self._epoch = epoch = self.trainer.current_epoch if self.trainer is not None else 0
         images = self._split("train", self._training_view(epoch), TRIES[self.options.on_bad_image], self._trained())
         order = shuffled(len(images), self.seed, epoch, *self._rank())
-        done = batches_done(self._resumed, epoch, self._order(epoch))
+        done = batches_done(with_list(self._resumed, self.tree.source("train")), epoch, self._order(epoch))
         sampler = ResumableBatchSampler(order, self.batch_size // self._crops(epoch), done)
-        return self._loader(images, batch_sampler=sampler)
+        return load(images, self.workers, batch_sampler=sampler)
 
     def _training_view(self, epoch: int) -> View:
         """The stored crops and their labels if there are soft labels, otherwise new random crops."""
@@ -166,21 +168,23 @@ class ImageNetDataModule(L.LightningDataModule):
             part.state_dict()["current"] for part in (loop.epoch_progress, loop.epoch_loop.batch_progress)
         )
         progress = {"batches": batches["processed"], "finished": passes["processed"] == passes["ready"]}
+        progress["passes"] = [self._crops(epoch) for epoch in range(self._epoch + 1)]
         return {"epoch": self._epoch, **progress, **self._order(self._epoch)}  # "completed" lags in a callback
 
     def _order(self, epoch: int) -> dict[str, Any]:
         """Everything that decides which images and crops are in which batch of a pass."""
         sizes = {"batch_size": self.batch_size, "crops": self._crops(epoch), "processes": self._rank()[1]}
-        return sizes | {"seed": self.seed, "images": len(self._trained()), "soft labels": str(self.store)}
+        images = {"images": len(self._trained()), LIST: self.tree.source("train").listed}
+        return sizes | {"seed": self.seed, **images, "soft labels": str(self.store)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: the next loader of the pass in ``state_dict`` skips the batches that are finished."""
+        """Resume: `passes` continue those that were made, and the loader of the pass skips what is finished."""
         self._resumed = state_dict
 
     def teardown(self, stage: str) -> None:
         """Log how many images were skipped, and drop the resumed state, which another run must not use."""
         self.unreadable.summarize()
-        self._resumed = {"epoch": 0, "batches": 0}
+        self._resumed = START
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation image once, in order, spread over the ranks, in the evaluation transform."""
@@ -207,12 +211,12 @@ class ImageNetDataModule(L.LightningDataModule):
         """
         source = self._split("train", EvalView(self._preprocessing()), TRIES[self.options.on_bad_image])
         if not 0 < images <= len(source):
-            raise QatError(
-                f"calibration.images is {images}: {source.source.place} has {len(source)}, choose 1..{len(source)}"
-            )
+            most = len(source)
+            raise QatError(f"calibration.images is {images}: {source.source.place} has {most}, choose 1..{most}")
         chosen = rng_for(at_least("calibration seed", seed, 0), 0, 0).permutation(len(source))[:images]
         batches = ResumableBatchSampler(chosen, at_least("calibration batch_size", batch_size, 1))
-        return (self.unreadable.report_training(batch).images for batch in self._loader(source, batch_sampler=batches))
+        loader = load(source, self.workers, batch_sampler=batches)
+        return (self.unreadable.report_training(batch).images for batch in loader)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Report unreadable images in the main process: QatError, or a warning with ``on_bad_image: skip``."""
@@ -225,10 +229,7 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def _evaluation(self, images: Images) -> DataLoader[Batch]:
         rank, world_size = self._rank()
-        return self._loader(images, batch_size=self.val_batch_size, sampler=range(rank, len(images), world_size))
-
-    def _loader(self, images: Images, **batching: Any) -> DataLoader[Batch]:
-        return load(images, self.workers, **batching)
+        return load(images, self.workers, batch_size=self.val_batch_size, sampler=range(rank, len(images), world_size))
 
     def _crops(self, epoch: int) -> int:
         return self.passes[epoch] if epoch < len(self.passes) else self.options.crops_per_image

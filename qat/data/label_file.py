@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from qat.data.folder import are_numbers
 from qat.errors import QatError
+from qat.ranges import shown
 
 USUAL = (
     "val_annotations.txt",
@@ -73,22 +74,50 @@ def read_label_file(file: Path, names: Sequence[str]) -> tuple[tuple[str, ...], 
 
 
 def read_text(file: Path, option: str) -> list[str]:
-    """The lines of a text file; QatError, which names the option, when it cannot be read."""
-    try:
-        return file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    """The lines of a text file, which end as on Linux, Windows or the old Mac; QatError when it cannot be read.
+
+    Args:
+        file: the file.
+        option: what the error calls the option that names it.
+    """
+    try:  # no splitlines(), which cuts at a form feed and at separators of Unicode too
+        return file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
         raise QatError(f"{option}: cannot read {file}: {error.strerror}") from None
 
 
+def read_csv(file: Path, option: str) -> Iterator[Line]:
+    """The rows of a CSV file that are not empty, with the number of the line where each begins.
+
+    Args:
+        file: the file.
+        option: what the errors call the option that names it.
+
+    Raises:
+        QatError: the file cannot be read, a quotation mark is not closed, or a cell is longer than Python reads.
+    """
+    text = [*read_text(file, option), ""]  # an empty row ends the table, unless it lies in quotation marks
+    rows, row, number = csv.reader(f"{line}\n" for line in text), [], 1
+    try:
+        for row in rows:
+            if rows.line_num == len(text):
+                break
+            if len(row) > 1 or "".join(row).strip():
+                yield number, [cell.strip() for cell in row]
+            number = rows.line_num + 1
+    except csv.Error as error:
+        raise QatError(f"{option}: {file}, line {number}: {error}") from None
+    if row:
+        raise QatError(f"{option}: {file}, line {number}: a quotation mark is not closed")
+
+
 def _lines(file: Path) -> Iterator[Line]:
     """The lines that are not empty, in columns: of CSV, separated by tabs, or a name and the rest behind a space."""
-    text = read_text(file, "data.val_labels")
-    for number, line in enumerate(text, 1):
-        if not line.strip():
-            continue
-        if file.suffix.lower() == ".csv":
-            yield number, [cell.strip() for cell in next(csv.reader([line]))]
-        else:
+    if file.suffix.lower() == ".csv":
+        yield from read_csv(file, "data.val_labels")
+        return
+    for number, line in enumerate(read_text(file, "data.val_labels"), 1):
+        if line.strip():
             yield number, line.strip().split("\t") if "\t" in line.strip() else line.rsplit(None, 1)
 
 
@@ -99,10 +128,13 @@ def _table(file: Path, lines: Sequence[Line], is_kaggle: bool) -> dict[str, str]
     for number, columns in lines:
         label = columns[1].partition(" ")[0] if is_kaggle and len(columns) > 1 else "".join(columns[1:2]).strip()
         if not label:
-            raise QatError(f"{file}, line {number}: expected the name of an image and its class, found {columns[0]!r}")
+            raise QatError(
+                f"{file}, line {number}: expected the name of an image and its class, found {shown(columns[0])}"
+            )
         name = columns[0].strip().removeprefix("./")
         if table.setdefault(name, label) != label:
-            raise QatError(f"{file}, line {number}: {name} has the class {label} here and {table[name]} above")
+            other = f"{shown(label)} here and {shown(table[name])} above"
+            raise QatError(f"{file}, line {number}: {shown(name)} has the class {other}")
         for key in (PurePosixPath(name).name, _stem(name)):
             shorter[key] = label if shorter.setdefault(key, label) == label else ""
     return shorter | table
@@ -115,7 +147,7 @@ def _by_order(file: Path, lines: Sequence[Line], names: Sequence[str]) -> tuple[
     wnids = _wnids_by_id(file)
     for number, (word,) in lines:
         if word not in wnids:
-            raise QatError(f"{file}, line {number}: {word!r} is no ILSVRC2012_ID; give one of 1..{len(wnids)}")
+            raise QatError(f"{file}, line {number}: {shown(word)} is no ILSVRC2012_ID; give one of 1..{len(wnids)}")
     return tuple(wnids[word] for _, (word,) in lines)
 
 

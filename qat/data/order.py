@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from qat.data.listing import LIST, LIST_WAY_OUT
 from qat.data.streams import rng_for
 from qat.errors import QatError
 
@@ -20,6 +21,25 @@ from qat.errors import QatError
 def crop_passes(crop_epochs: int, crops: int) -> list[int]:
     """Crops per image in each pass: as many passes of ``crops`` as fit, then passes of one crop for the rest."""
     return [crops] * (crop_epochs // crops) + [1] * (crop_epochs % crops)
+
+
+def longer_passes(crop_epochs: int, crops: int, made: Sequence[int]) -> list[int]:
+    """Crops per image in each pass of a run that goes on: those that are made, then what is left of ``crop_epochs``.
+
+    Args:
+        crop_epochs: crops of each image in the whole run.
+        crops: crops per image and pass from now on.
+        made: crops per image in each pass that has begun.
+
+    Raises:
+        QatError: more crops are made than the run shall have.
+    """
+    if (left := crop_epochs - sum(made)) < 0:
+        raise QatError(
+            f"data.crop_epochs is {crop_epochs}, but the checkpoint is from a run that has made {sum(made)} crops of "
+            f"every image: give at least {sum(made)}"
+        )
+    return [*made, *crop_passes(left, crops)]
 
 
 def batches_per_pass(images: int, batch_size: int, passes: Sequence[int], world_size: int = 1) -> list[int]:
@@ -57,9 +77,10 @@ def batches_done(resumed: Mapping[str, Any], epoch: int, now: Mapping[str, Any])
         return batches_per_pass(now["images"], now["batch_size"], [now["crops"]], now["processes"])[0]
     for name, value in now.items():
         if (then := resumed.get(name, value)) != value:
+            way_out = LIST_WAY_OUT if name == LIST else "resume with that value"
             raise QatError(
-                f"data: {name} is {value}, but the checkpoint was written in the middle of a pass with {then}: resume "
-                "with that value, or from a checkpoint that was written at the end of a pass"
+                f"data: {name} is {value}, but the checkpoint was written in the middle of a pass with {then}: "
+                f"{way_out}, or from a checkpoint that was written at the end of a pass"
             )
     done: int = resumed["batches"]
     return done

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +31,11 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
+    @cached_property
+    def listed(self) -> str:
+        """What tells this list of images from another one."""
+        return list_of(self.names)
+
     def path(self, index: int) -> Path:
         """Where an image is, for messages."""
         return self.place / self.names[index]
@@ -36,3 +43,11 @@ class Source:
     def open(self, index: int) -> Path | BinaryIO:
         """The file of an image, or its content."""
         return self.path(index)
+
+
+def list_of(names: Sequence[str]) -> str:
+    """The first and the last name, and a hash of all names, in order."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode(errors="surrogateescape") + b"\n")
+    return f"{names[0]!r} to {names[-1]!r}, {digest.hexdigest()[:16]}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 
 from torch import distributed
 
@@ -18,13 +20,20 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     """Set the handlers of a worker of a loader.
 
     A terminal sends Ctrl-C to all processes of a command, and a batch system SIGTERM: the main process then takes its
-    step to the end, saves and ends its workers. SIGTERM still ends a worker that hangs, after a while, because the main
-    process sends it too, to those that do not end by themselves.
+    step to the end, which may take long, saves and ends its workers. It sends SIGTERM too, to workers that do not end
+    by themselves, and once more when it ends. So the second SIGTERM ends a worker that hangs, after a while, and the
+    first one where the main process is gone.
     """
+    parent, told = os.getppid(), count(1)
+
+    def end_if_it_hangs(*_: object) -> None:
+        if next(told) == 2 or os.getppid() != parent:
+            signal.alarm(PATIENCE)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))
+        signal.signal(signal.SIGTERM, end_if_it_hangs)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
 

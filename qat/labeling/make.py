@@ -33,7 +33,7 @@ from qat.data.softlabels.teacher_batches import (
     images_per_block,
 )
 from qat.data.softlabels.writer import Writer
-from qat.data.worker import leave_signals_to_the_main_process
+from qat.data.worker import leave_signals_to_the_main_process, let_other_threads_finish, signals_held_back
 from qat.errors import QatError, first_line
 from qat.labeling.plan import Options, Plan, sha256_of_weights
 from qat.labeling.processes import Processes
@@ -128,7 +128,10 @@ def _label_share(fabric: Fabric, teacher: Teacher, plan: Plan, processes: Proces
         plan.create(own)
     sizes = [len(images_of_block(block, len(plan.source), options.crops, options.batch_size)) for block in mine]
     share = f" (process {fabric.global_rank + 1} of {fabric.world_size})" if fabric.world_size > 1 else ""
-    batches = iter(_loader(plan, mine, fabric.device.type == "cuda"))  # forks before the file is open and locked
+    loader = _loader(plan, mine, fabric.device.type == "cuda")
+    let_other_threads_finish()
+    with signals_held_back():
+        batches = iter(loader)  # forks before the file is open and locked
     with (
         Writer(own, options.flush_seconds) as writer,
         Progress(f"images{share}", sum(sizes), fabric.is_global_zero) as progress,

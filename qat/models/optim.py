@@ -14,14 +14,23 @@ from qat.sites.insert import quantizers
 EMBEDDINGS = ("pos_embed", "cls_token", "dist_token", "reg_token")
 
 
-def param_groups(model: nn.Module, weight_decay: float, lr: float, step_lr: float) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, lr: float, step_lr: float, undivided: bool = False
+) -> list[dict[str, Any]]:
     """Groups for an optimizer: steps and offsets at rate ``step_lr``, the rest at ``lr``; only weights are decayed.
 
     timm leaves biases, norms and other one-dimensional parameters undecayed; `EMBEDDINGS` are undecayed too. The groups
     are the same for every ``weight_decay``, zero too, so that a run can resume with another one.
+
+    Args:
+        model: the quantized model.
+        weight_decay: of the weights.
+        lr: of all but steps and offsets.
+        step_lr: of steps and offsets.
+        undivided: without decay there is one group beside the steps, as older versions of qat made and stored it.
     """
     own: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list={*own, *EMBEDDINGS})
+    groups = param_groups_weight_decay(model, float(not undivided), no_weight_decay_list={*own, *EMBEDDINGS})
     steps = [p for _, quantizer in quantizers(model) for p in quantizer.parameters() if p.requires_grad]
     taken = {id(p) for p in steps}
     for group in groups:

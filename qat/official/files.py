@@ -11,9 +11,9 @@ optimizer state, so no run can resume from it. A file that does not fit exactly 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from qat.models.torch_file import read_foreign, reason
 from qat.models.weights import choose_table, without_prefixes
 from qat.official.conversion import Converted, convert
 from qat.official.steps import ReductionBits
+from qat.runs.writing import replacing
 
 log = logging.getLogger(__name__)
 WRITTEN_BY = {"pytorch-lightning_version": "2.5.0"}  # Lightning migrates a checkpoint from this version to its own
@@ -99,16 +100,14 @@ def write(converted: Converted, output: Path) -> None:
     suffix, kind = (".ckpt", "quantized") if card else (".safetensors", "float")
     if output.suffix != suffix:
         raise QatError(f"OUTPUT is {output}, but the model is {kind}: give a name that ends in {suffix}")
-    part = output.with_name(f"{output.name}.part")
-    try:
+    with replacing(output, "wb") as file:
         if card:
             state = {PREFIX + name: value for name, value in converted.state.items()}
-            torch.save({**WRITTEN_BY, KEY: card.to_dict(), "state_dict": state}, part)
+            buffer = BytesIO()  # on a full disk, torch would hide the system's error behind one of its own
+            torch.save({**WRITTEN_BY, KEY: card.to_dict(), "state_dict": state}, buffer)
+            file.write(buffer.getbuffer())
         else:
-            part.write_bytes(save(converted.state, {"format": "pt"}))  # save_file would deny others to read it
-        os.replace(part, output)
-    finally:
-        part.unlink(missing_ok=True)
+            file.write(save(converted.state, {"format": "pt"}))  # save_file would deny others to read it
 
 
 def summary(converted: Converted) -> str:
@@ -133,3 +132,9 @@ def convert_file(options: ConvertOptions) -> None:
     )
     write(converted, options.output)
     log.info("%s: %s", options.output, summary(converted))
+    if converted.card:
+        log.info("next: qat validate --ckpt %s --data.root DIR", options.output)
+    else:
+        log.info(
+            "next: qat validate --model.arch %s --model.checkpoint %s --data.root DIR", converted.arch, options.output
+        )

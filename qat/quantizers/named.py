@@ -42,10 +42,13 @@ def _find_kind(class_path: Any, trust: bool) -> type[Spec]:
         return Spec.kinds[class_path]
     if "." not in class_path:
         raise QatError(f"no quantizer is called {class_path!r}: choose from {', '.join(sorted(Spec.kinds))}")
-    known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Spec)}
+    known = {f"qat.quantizers.{name}": kind for name, kind in Spec.kinds.items() if kind.__module__.startswith("qat.")}
+    known |= {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Spec)}
     if class_path in known:
         return known[class_path]
-    if not trust and not class_path.startswith("qat."):
+    if class_path.startswith("qat."):  # ours are known by now: to import a module of qat is never needed
+        raise QatError(f"{class_path!r} is no quantizer of qat: choose from {', '.join(sorted(Spec.kinds))}")
+    if not trust:
         raise QatError(
             f"quantizer {class_path!r} is no part of qat, and importing it would run its code: if you trust it, give "
             "--trust (trust=True in Python)"

@@ -48,9 +48,8 @@ class Spec:
             Spec.kinds[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        plain = {"bool": bool, "float": float}
         for field in fields(self):
-            if (kind := plain.get(str(field.type), field.type)) in (bool, float):
+            if (kind := {"bool": bool, "float": float}.get(str(field.type), field.type)) in (bool, float):
                 check_value(field.name, getattr(self, field.name), kind)
         number = isinstance(self.bits, int) and not isinstance(self.bits, bool) and MIN_BITS <= self.bits <= MAX_BITS
         if not number and self.bits not in get_args(Width):

@@ -29,6 +29,32 @@ class FolderLock:
         self.path = (folder / NAME).resolve()
         if self.path in _held:
             raise self._taken(str(os.getpid()))
+        self._open()
+        while not os.fstat(self._file).st_nlink:  # its last owner has removed it in between, as unused
+            os.close(self._file)
+            self._open()
+        _held.add(self.path)
+        with suppress(OSError):  # a disk may be full; the lock holds all the same
+            os.truncate(self._file, 0)
+            os.lseek(self._file, 0, os.SEEK_SET)  # Windows has no pwrite
+            os.write(self._file, f"{os.getpid()} on {socket.gethostname()}".encode())
+        remove_parts(folder)
+
+    def release(self, unused: bool = False) -> None:
+        """Let other processes write to the folder. The file stays: another process may just have opened it.
+
+        Args:
+            unused: remove the folder first, if nothing was written there.
+        """
+        if unused:
+            remove_unused(self.path.parent)
+        _held.discard(self.path)
+        os.close(self._file)
+        if unused and sys.platform == "win32":  # which does not remove files that are open
+            remove_unused(self.path.parent)
+
+    def _open(self) -> None:
+        """Open the file and lock it."""
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -38,16 +64,6 @@ class FolderLock:
         except QatError:
             os.close(self._file)
             raise
-        _held.add(self.path)
-        with suppress(OSError):  # a disk may be full; the lock holds all the same
-            os.truncate(self._file, 0)
-            os.pwrite(self._file, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
-        remove_parts(folder)
-
-    def release(self) -> None:
-        """Let other processes write to the folder. The file stays: removing it could part two who wait for it."""
-        _held.discard(self.path)
-        os.close(self._file)
 
     def _lock(self) -> None:
         if sys.platform == "win32":

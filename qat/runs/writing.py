@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
     """Open a new file that replaces ``path`` when the block ends; after an error it is removed and ``path`` stays.
 
     Args:
-        path: file to write; its folder is made where it is missing.
+        path: file to write; its folder is made where it is missing. A link stays: what it leads to is replaced.
         mode: ``w`` or ``wb``.
         **options: for ``open``; text is UTF-8 with newlines as they are written.
 
@@ -27,16 +28,17 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
         QatError: the file cannot be written; above all, the disk is full.
     """
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")  # another process may write the same file
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f"{target.name}.{os.getpid()}{PART}")  # another process may write the same file
     _open_parts.add(part)
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             with part.open(mode, **{**text, **options}) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())  # a full disk may show only here
-            part.replace(path)
+            part.replace(target)
     finally:
         with suppress(OSError):
             part.unlink()
@@ -61,10 +63,25 @@ def cannot_write(path: Path, error: OSError) -> QatError:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what killed processes have left in a folder that no other process writes to."""
-    for part in folder.glob(f"*{PART}"):
-        with suppress(OSError):
-            part.unlink()
+    """Remove what killed processes of this machine have left in a folder; other commands may be writing there."""
+    for part in Path(os.path.realpath(folder)).glob(f"*.*{PART}"):
+        writer = part.name.removesuffix(PART).rpartition(".")[2]
+        if writer.isdecimal() and part not in _open_parts and not _is_running(int(writer)):
+            with suppress(OSError):
+                part.unlink()
+
+
+def _is_running(process: int) -> bool:
+    """Whether another process has this number; this one may have it by chance, as in a container."""
+    if process == os.getpid() or sys.platform == "win32":  # Windows does not remove files that are open
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def remove_open_parts() -> None:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat.checkpoint import KEY, check_restored
+from qat.checkpoint import KEY, check_restored, has_older_groups
 from qat.data.images import Batch, TopK
 from qat.data.streams import rng_for
 from qat.errors import QatError
@@ -50,6 +50,7 @@ class QATModule(L.LightningModule):
         self.model, self.card, self.calibration, self.uncompiled = build_student(options)
         self.preprocessing = Preprocessing(**self.card.preprocessing)
         self.total = 0  # optimizer steps of the run
+        self.undivided = False  # one group beside the steps, to resume an older run without decay to the bit
         self.run_options: dict[str, Any] = {}  # kept in the checkpoint; the command line fills it
         self.regularizers = named(options.regularizers or [])
         self.regularized = self.choose_weights()  # QatError, before training, when a regularizer matches none
@@ -223,7 +224,7 @@ class QATModule(L.LightningModule):
         """Parameters with their learning rate and weight decay."""
         options = self.options
         step_lr = options.lr if options.step_lr is None else options.step_lr
-        return param_groups(self.model, options.weight_decay, options.lr, step_lr)
+        return param_groups(self.model, options.weight_decay, options.lr, step_lr, self.undivided)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add card and options; QatError rather than overwrite a good checkpoint with weights that are not finite."""
@@ -243,3 +244,4 @@ class QATModule(L.LightningModule):
         resumes = trainer.state.fn == TrainerFn.FITTING
         check_restored(checkpoint, self.card, self.model, resumes, averages)
         self.calibration = checkpoint[KEY].get("calibration", {})
+        self.undivided = resumes and has_older_groups(checkpoint, self.model, self.options.weight_decay)

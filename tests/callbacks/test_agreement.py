@@ -38,3 +38,19 @@ def test_all_get_the_same_answer_one_boundary_later(monkeypatch: pytest.MonkeyPa
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(work, range(3))) == [[10, *[0] * 9, 15, 0, 0]] * 3
     assert server.num_keys() < 20  # counters are used again
+
+
+def test_processes_that_torchrun_starts_again_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store, which torchrun keeps, still has what the processes before wanted."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        agreements = [Agreement() for _ in range(2)]
+        for rank, agreement in enumerate(agreements):
+            monkeypatch.setattr(Agreement, "_connections", count())
+            agreement.connect(rank, 2)
+        for agreement in agreements:
+            assert agreement.ask(0 if attempt else 15) == 0
+        assert [agreement.ask(0) for agreement in agreements] == [0 if attempt else 15] * 2

@@ -9,7 +9,7 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from qat.checkpoint import Card, check_run
+from qat.checkpoint import Card, check_run, has_older_groups
 from qat.errors import QatError
 from qat.models import param_groups
 from tests.checkpoint.saved import make
@@ -94,6 +94,19 @@ def test_the_state_of_other_parameters_is_refused(run, name):
     SPOILT[name][0](content)
     with pytest.raises(QatError, match=f"^a.ckpt.*{SPOILT[name][1]}"):
         check(content)
+
+
+def test_a_run_without_decay_of_an_older_version_resumes_in_its_groups(run):
+    model = make()[0]
+    optimizer = AdamW(param_groups(model, 0.0, 1e-3, 1e-3, undivided=True))
+    schedule = LambdaLR(optimizer, lambda step: 1.0)
+    states = {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [schedule.state_dict()]}
+    content = copy.deepcopy({**run, **states})
+    check(content)
+    assert has_older_groups(content, model, 0.0)
+    assert not has_older_groups(run, model, 0.0)
+    with pytest.raises(QatError, match=r"weight_decay is 0.1, but .*: resume with 0, or start from its weights"):
+        has_older_groups(content, model, 0.1)
 
 
 def test_groups_do_not_depend_on_the_decay():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 
 import qat
 from qat import checkpoint
-from qat.checkpoint import AVERAGED, Card, check_restored
+from qat.checkpoint import AVERAGED, Card, check_restored, load_into
 from qat.errors import QatError
 from qat.models import default_preprocessing
 from qat.training.teacher import build_teacher
@@ -114,7 +115,7 @@ def test_files_that_are_none_of_ours(tmp_path, saved):
             checkpoint.read(write(content, tmp_path / "a.ckpt"))
     for data in (b"", b"<html>", b"PK\x03\x04", b"\x80\x02."):
         (tmp_path / "a.ckpt").write_bytes(data)
-        with pytest.raises(QatError, match=r"cannot read the checkpoint .*a.ckpt") as error:
+        with pytest.raises(QatError, match=r"cannot read the checkpoint .*a.ckpt|a.ckpt is (empty|no file)") as error:
             checkpoint.read(tmp_path / "a.ckpt")
         assert "\n" not in str(error.value)
 
@@ -146,3 +147,28 @@ def test_a_checkpoint_of_another_name_is_found_to_be_none(tmp_path, saved):
     assert checkpoint.find_card(write({"a": torch.ones(1)}, tmp_path / "a.ckpt")) is None
     assert checkpoint.find_card(write(saved[1], tmp_path / "a.pth")) is None
     assert checkpoint.find_card(write(saved[1], tmp_path / "a.CKPT")).arch == ARCH
+
+
+def test_a_calibration_fits_where_other_rules_say_the_same(saved, tmp_path):
+    model, content = saved
+    path, card = write(content, tmp_path / "ptq.ckpt"), Card.from_dict(content["qat"], "a.ckpt")
+    unused = {"match": "*.mlp_out_proj.input_quant", "spec": None, "optional": True}
+    load_into(model, replace(card, rules=[*card.rules, unused]), path)
+    with pytest.raises(QatError, match="rules differs from this one: calibrate with this config"):
+        load_into(model, replace(card, rules=[*card.rules, {"match": "head*", "spec": None}]), path)
+
+
+def test_the_way_out_names_the_values_that_a_calibration_was_made_with(saved, tmp_path):
+    model, content = saved
+    path, card = write(content, tmp_path / "ptq.ckpt"), Card.from_dict(content["qat"], "a.ckpt")
+    resize = card.preprocessing["resize"]
+    for change, words in (
+        ({"preprocessing": card.preprocessing | {"resize": 77}}, f"with --data.preprocessing.resize {resize}: give"),
+        (
+            {"classes": card.classes[::-1]},
+            "their order is 'class 0, class 1, class 2', ...: give it as",
+        ),
+        ({"classes": ["a", "b", "c"]}, "classes differs from this one: give the options"),
+    ):
+        with pytest.raises(QatError, match=words):
+            load_into(model, replace(card, **change), path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import yaml
 
 from qat.cli.configs import given_configs, with_bases
 from qat.cli.main import main
+from qat.cli.run_of_ckpt import Origin
 from qat.errors import QatError
 from tests.cli.test_commands import fails
 
@@ -64,3 +68,26 @@ def test_class_paths_of_older_runs_are_read(tmp_path: Path) -> None:
     model = {"arch": "deit_tiny_patch16_224", "recipe": "lsq", "w_bits": 4, "a_bits": 4}
     model["regularizers"] = [{"class_path": "qat.regularizers.BinRegularizer", "init_args": {"weight": 0.5}}]
     assert main(["describe", "--config", str(write(tmp_path / "old.yaml", model=model))]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        ("day: 2024-99-99", []),
+        ("[" * 3000, []),
+        ("data: {root: hfds/some/set, class_map: no/such.txt, workers: -1, val_batch_size: many, classes: [a]}", []),
+        ("data: {root: no/such/folder, val_labels: 3, workers: 2}", ["--data.workers=2"]),
+        ("data: {root: HERE, val_batch_size: 5, classes: folders}",
+         ["--data.root=HERE", "--data.val_batch_size=5", "--data.classes=folders"]),
+    ],
+)  # fmt: skip
+def test_a_config_beside_a_checkpoint_gives_only_what_can_be_used(text: str, taken: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text.replace("HERE", str(tmp_path)))
+    words = Origin(tmp_path / "last.ckpt", False, tmp_path / "config.yaml").arguments("validate", ["--trust=false"])
+    assert words == [*(word.replace("HERE", str(tmp_path)) for word in taken), "--trust=false"]
+
+
+def test_importing_the_module_that_python_starts_runs_nothing() -> None:
+    importlib.import_module("qat.__main__")
+    answer = subprocess.run([sys.executable, "-m", "qat", "--version"], capture_output=True, text=True, check=True)
+    assert answer.stdout.startswith("qat ")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import _typehints
 
+from qat.cli.imports import Imports, checked, typed_names
 from qat.cli.main import main
 from qat.errors import QatError, bad_input
 
@@ -245,6 +247,9 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "foreign quantizer": (b"model: {rules: [{match: x, spec: {class_path: a.B, init_args: {bits: 4}}}]}\n",
                           "names a.B: a config file may name classes of qat, lightning and torch"),
     "foreign method": (b"calibration: {method: json.JSONDecoder}\n", "names json.JSONDecoder"),
+    "list as a key": (b"? [a]\n: 1\n", "is not valid YAML"),
+    "no number": (b'model: {lr: !!float ""}\n', "is not valid YAML"),
+    "nested too deeply": (b"model: {rules: " + b"[" * 60 + b"]" * 60 + b"}\n", "is nested deeper than 50 levels"),
     "trusts itself": (b"trust: true\n", "asks to be trusted: only the command line can, with --trust true"),
 }  # fmt: skip
 
@@ -362,6 +367,60 @@ class TestTrust:
         assert "--trainer is a group" in refused("fit", "--config", str(config), f"--trainer={path}")
         (tmp_path / "own.yaml").write_text("trainer: {callbacks: callbacks.txt}")
         assert "names the file callbacks.txt" in refused("fit", "--config", str(tmp_path / "own.yaml"))
+        assert name not in sys.modules
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            'trainer: {callbacks: \'[{"class_path": "NAME.Mine"}]\'}',
+            "trainer: {callbacks: ['{class_path: NAME.Mine}']}",
+            'trainer: {plugins: \'{"class_path": "NAME.Mine"}\'}',
+            "trainer: {strategy: {class_path: lightning.pytorch.strategies.DDPStrategy, init_args: "
+            '{cluster_environment: \'{"class_path": "NAME.Mine"}\'}}}',
+            "trainer.callbacks: other.txt",
+            "model: {regularizers: ['{class_path: NAME.Mine}']}",
+            "model: {regularizers: other.txt}",
+            'model: {rules: [\'{"match": "*", "spec": {"class_path": "NAME.Mine", "init_args": {"bits": 4}}}\']}',
+            'calibration: {method: \'{"class_path": "NAME.Mine"}\'}',
+            "trainer: {callbacks: [{class_path: éNAME.Mine}]}",
+            "model.trust: true",
+        ],
+    )
+    def test_in_no_way_that_a_config_can_say_it(
+        self, text: str, name: str, tmp_path: Path, refused, config: Path
+    ) -> None:
+        (tmp_path / "other.txt").write_text(f"[{{class_path: {name}.Mine}}]")
+        (tmp_path / f"é{name}.py").write_text(MODULE)
+        (tmp_path / "own.yaml").write_text(text.replace("NAME", name))
+        line = refused("validate", "--config", str(config), "--config", str(tmp_path / "own.yaml"))
+        assert "--trust true" in line or "is other.txt: " in line
+        assert not {name, f"é{name}"} & set(sys.modules)
+
+    @pytest.mark.parametrize(
+        ("callback", "message"),
+        [
+            ("{class_path: LambdaCallback, init_args: {on_fit_start: torch.os.system}}", "torch.os.system is named by"),
+            ("{class_path: qat.__main__.X}", "qat.__main__.X"),
+        ],
+    )
+    def test_a_trusted_package_is_no_way_to_others(
+        self, callback: str, message: str, tmp_path: Path, refused, config: Path
+    ) -> None:
+        (tmp_path / "own.yaml").write_text(f"trainer: {{callbacks: [{callback}]}}")
+        line = refused("fit", "--config", str(config), "--config", str(tmp_path / "own.yaml"))
+        assert message in line
+        assert "--trust true" in line
+
+    def test_in_a_config_that_is_given_without_a_space(self, tmp_path: Path, refused) -> None:
+        (tmp_path / "own.yaml").write_text("model: {arch: test_vit}")
+        for verb in ("fit", "describe", "make-softlabels"):
+            assert "write --config" in refused(verb, f"-c{tmp_path / 'own.yaml'}")
+
+    def test_what_the_check_does_not_see_in_a_file_is_not_imported(self, name: str) -> None:
+        imports = Imports(names=typed_names(["--trainer.callbacks+", "typed.Name", "--config", "some.yaml"]))
+        assert imports.names == {"typed.Name"}
+        with checked(imports), pytest.raises(QatError, match=f"{name}.Mine is named by a file"):
+            _typehints.import_object(f"{name}.Mine")
         assert name not in sys.modules
 
     def test_a_name_of_a_model_is_no_class(self, tmp_path: Path) -> None:

@@ -91,14 +91,12 @@ class TestOtherSettings:
         assert main([*args, "--ckpt", "last", "--data.batch_size", "8"]) == 2
         assert "batch_size is 8" in capsys.readouterr().err
 
-    @pytest.mark.parametrize(("option", "value"), [("--data.seed", "5"), ("--data.crops_per_image", "4")])
     def test_another_order_in_the_middle_of_a_pass_is_refused(
-        self, option: str, value: str, everything: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
+        self, everything: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         args = ["fit", "--config", str(everything), "--runs", str(tmp_path)]
         run_until(9, args, monkeypatch)
-        assert main([*args, "--ckpt", "last", option, value]) == 2
+        assert main([*args, "--ckpt", "last", "--data.seed", "5"]) == 2
         assert "middle of a pass" in capsys.readouterr().err
 
     def test_a_run_with_an_average_needs_it_to_resume(

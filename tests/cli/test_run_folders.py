@@ -39,9 +39,9 @@ class TestALongerRun:
     def test_with_passes_of_other_crops(self, short: Path, config: Path, tmp_path: Path) -> None:
         shutil.copytree(short / "runs", tmp_path / "runs")
         args = ["--config", str(config), "--data.root", str(short / "images"), "--runs", str(tmp_path / "runs")]
-        cli = run(["fit", *args, "--ckpt", "last", "--data.crop_epochs", "6"])  # the third pass makes two crops again
-        assert cli.trainer.global_step == cli.model.total == 9 + 6
-        assert [row["step"] for row in entries(folder_of(tmp_path / "runs"))][-1] == "14"
+        cli = run(["fit", *args, "--ckpt", "last", "--data.crop_epochs", "6"])  # three crops are left: two passes more
+        assert cli.trainer.global_step == cli.model.total == 9 + 6 + 3
+        assert [row["step"] for row in entries(folder_of(tmp_path / "runs"))][-1] == "17"
 
     def test_with_another_batch_and_one_image_less(self, short: Path, config: Path, tmp_path: Path) -> None:
         shutil.copytree(short, tmp_path / "short")
@@ -49,10 +49,10 @@ class TestALongerRun:
         args = ["--config", str(config), "--data.root", str(tmp_path / "short/images")]
         args += ["--runs", str(tmp_path / "short/runs"), "--data.batch_size", "16", "--data.crop_epochs", "6"]
         cli = run(["fit", *args, "--ckpt", "last"])
-        assert cli.trainer.global_step == cli.model.total == 9 + 3  # 23 images in batches of 8
+        assert cli.trainer.global_step == cli.model.total == 9 + 3 + 2  # 23 images in batches of 8, then of 16
         last = torch.load(folder_of(tmp_path / "short/runs") / "last.ckpt", weights_only=True)
         rates = [row["lr"] for row in entries(folder_of(tmp_path / "short/runs")) if "lr" in row]
-        assert len(rates) == last["global_step"] == 12
+        assert len(rates) == last["global_step"] == 14
         assert float(rates[-1]) > 0  # the cosine ends after the last step, and not before
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from qat.cli.main import main
+from qat.cli.main import main, run
 from qat.data.imagenet import ImageNetDataModule
 from qat.training.module import QATModule
-from tests.cli.runs import assert_same, assert_same_run, entries, start
+from tests.cli.runs import StoppedError, assert_same, assert_same_run, entries, start
 
 KEPT = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
 
@@ -48,6 +48,7 @@ def folder_of(runs: Path) -> Path:
         ("training_step", 9, signal.SIGINT),
         ("validation_step", 8, signal.SIGTERM),  # in the middle of a pass
         ("validation_step", 12, signal.SIGINT),  # at the end of a pass
+        ("validation_step", 24, signal.SIGTERM),  # after the last step
     ],
 )
 def test_a_signal_stops_a_run_that_goes_on_to_the_same_bits(
@@ -59,7 +60,9 @@ def test_a_signal_stops_a_run_that_goes_on_to_the_same_bits(
         at_step(hook, step, lambda: os.kill(os.getpid(), signum), patch)
         assert main(args) == 128 + signum
     stopped = step if hook == "validation_step" else step + 1  # a step that has begun is finished
-    assert capsys.readouterr().err.endswith(f"qat: stopped at step {stopped}; go on with --ckpt last\n")
+    assert capsys.readouterr().err.endswith(
+        f"qat: stopped at step {stopped}; go on with --ckpt last --runs {tmp_path}\n"
+    )
     assert main([*args, "--ckpt", "last"]) == 0
     assert_same_run(folder_of(tmp_path), whole)
 
@@ -89,14 +92,12 @@ def test_a_signal_in_an_evaluation(
 
 
 def test_a_run_whose_time_is_over_goes_on_inside_the_pass(
-    everything: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    everything: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["fit", "--config", str(everything), "--runs", str(tmp_path)]
     at_step("training_step", 9, lambda: time.sleep(3), monkeypatch)
-    with caplog.at_level("INFO"):
-        assert main([*args, "--trainer.max_time", "00:00:00:03"]) == 0
-    assert "trainer.max_time is over: stopped at step" in caplog.text
+    assert main([*args, "--trainer.max_time", "00:00:00:03"]) == 0
+    assert "trainer.max_time is over: stopped at step" in capsys.readouterr().out
     stopped = torch.load(folder_of(tmp_path) / "last.ckpt", weights_only=True)["global_step"]
     assert 0 < stopped <= 10
     assert main([*args, "--ckpt", "last", "--trainer.max_time", "00:01:00:00"]) == 0  # the time of this start
@@ -117,6 +118,41 @@ def test_a_run_whose_steps_are_done_goes_on_inside_the_pass(everything: Path, tm
         assert_same(*(content[key] for content in contents), key)
     final = [row for row in entries(ours) if row["step"] == "8" and "val/loss" in row]
     assert [row for row in entries(ours) if row not in final] == entries(theirs)
+
+
+def fail() -> None:
+    raise StoppedError
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [(("--trainer.max_steps", "9"), 9), (("--data.crop_epochs", "2", "--trainer.max_steps", "-1"), 6)],
+    ids=["steps", "passes"],
+)
+def test_a_run_that_ends_in_its_final_validation_resumes_with_it(
+    options: tuple[str, ...], step: int, everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """First it is killed there, then stopped; resumed once more, it validates nothing again."""
+    args = ["fit", "--config", str(everything), "--trainer.val_check_interval", "100", *options, "--runs"]
+    assert main([*args, str(tmp_path / "whole")]) == 0
+    args += [str(tmp_path / "parts")]
+    with monkeypatch.context() as patch:
+        at_step("validation_step", step, fail, patch)
+        with pytest.raises(StoppedError):
+            run(args)
+    ours, theirs = folder_of(tmp_path / "parts"), folder_of(tmp_path / "whole")
+    args += ["--ckpt", "last"]
+    with monkeypatch.context() as patch:
+        at_step("validation_step", step, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        assert main(args) == 143
+    assert f"qat: stopped at step {step}; go on with --ckpt last" in capsys.readouterr().err
+    for _ in range(2):
+        assert main(args) == 0
+        assert_same_run(ours, theirs)
+    contents = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (ours, theirs)]
+    for key in ("loops", "ImageNetDataModule"):
+        assert_same(*(content[key] for content in contents), key)
 
 
 def test_slurm_starts_a_job_again_that_was_asked_to_leave(
@@ -227,7 +263,7 @@ def test_processes_stop_at_any_moment(
             os.killpg(process.pid, signal.SIGKILL)
     stopped = [line for line in rest.splitlines() if line.startswith("qat: stopped at step ")]
     assert len(stopped) == 1, rest
-    assert stopped[0].endswith("; go on with --ckpt last")
+    assert stopped[0].endswith(f"; go on with --ckpt last --runs {tmp_path}")
     if launcher:  # torchrun has a traceback of its own
         return
     assert process.returncode == 128 + signum, rest

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qat.data.classes import Tree
+from qat.data.classes import Classes, Tree, forget_listings
 from qat.data.folder import wnids
-from qat.data.label_file import read_label_file
+from qat.data.label_file import read_csv, read_label_file
 from qat.errors import QatError
 
 NAMES = tuple(f"ILSVRC2012_val_0000000{i}.JPEG" for i in (1, 2, 3))
@@ -81,8 +81,10 @@ def test_the_development_kit_by_its_matlab_file(tmp_path):
         (GROUND_TRUTH, "1\n2\n", "has 2 lines for 3 images"),
         (GROUND_TRUTH, "1\n2\n1\n", "put map_clsloc.txt or meta.mat"),
         ("val.txt", f"{NAMES[0]} 0\n{NAMES[1]} 1\n", f"has no label for {NAMES[2]}, and for 0 more of 3"),
-        ("val.txt", f"{NAMES[0]} 0\n{NAMES[0]} 1\n", "val.txt, line 2: .* has the class 1 here and 0 above"),
+        ("val.txt", f"{NAMES[0]} 0\n{NAMES[0]} 1\n", "val.txt, line 2: .* has the class '1' here and '0' above"),
         ("val.txt", f"{NAMES[0]} 0\n{NAMES[1]}\n", "val.txt, line 2: expected the name of an image and its class"),
+        ("LOC_val_solution.csv", f'a,0\n"{NAMES[0]},0\nb,1\n', "line 2: a quotation mark is not closed"),
+        pytest.param("LOC_val_solution.csv", f"a,0\n{'b' * 131_073},0", "line 2: field larger than", id="long cell"),
         ("other.txt", "", "holds images and no class folders: give the file of their labels as data.val_labels"),
     ],
 )
@@ -113,6 +115,31 @@ def test_labels_out_of_range_are_refused(tmp_path):
     tree = flat(tmp_path, "val.txt", f"{NAMES[0]} 0\n{NAMES[1]} 1000\n{NAMES[2]} 2\n")
     with pytest.raises(QatError, match="the class '1000' is none of the 1000"):
         labels(tree)
+    for digits in (5000, 12):
+        (tmp_path / "val.txt").write_text("".join(f"{name} {'9' * digits}\n" for name in NAMES))
+        forget_listings()
+        with pytest.raises(QatError, match="999") as caught:
+            Classes(("a", "b"), {"a": 0, "b": 1}).of(tree.source("val"))
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_label_that_no_model_has_is_refused_before_its_classes_are_counted(tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "a.png").touch()
+    (tmp_path / "val.txt").write_text("a.png 99999999999\n")
+    with pytest.raises(QatError, match="the label 99999999999 is too large: a model has at most 1,000,000 classes"):
+        Tree(tmp_path).number()
+
+
+def test_a_table_may_have_line_ends_in_quotation_marks(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'"a\r\nb.png",ant\r\n"c\xe2\x80\xa8d.png",bee\r\n\r\ne.png,"c""at"')
+    rows = [(1, ["a\nb.png", "ant"]), (3, ["c\u2028d.png", "bee"]), (5, ["e.png", 'c"at'])]
+    assert list(read_csv(tmp_path / "a.csv", "data.val_labels")) == rows
+
+
+def test_only_line_ends_end_a_line(tmp_path):
+    (tmp_path / "list.txt").write_bytes("a\u2028b.png ant\r\nc\x0cd.png bee\r\n".encode())
+    assert read_label_file(tmp_path / "list.txt", ["a\u2028b.png", "c\x0cd.png"])[0] == ("ant", "bee")
 
 
 def test_short_names_count_only_where_one_image_is_meant(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qat.errors import QatError
-from qat.runs.lock import FolderLock, remove_unused
+from qat.runs.lock import FolderLock
 
 OTHER = """
 import os, sys, time
@@ -48,13 +48,21 @@ def test_a_lock_can_be_had_again_once_it_was_released(tmp_path: Path) -> None:
     FolderLock(tmp_path).release()
 
 
+def test_the_owner_is_named_where_a_file_has_no_pwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pwrite", raising=False)  # as on Windows
+    (tmp_path / "run.lock").write_text("the owner before, with a long name")
+    lock = FolderLock(tmp_path)
+    assert (tmp_path / "run.lock").read_text().startswith(f"{os.getpid()} on ")
+    lock.release()
+
+
 def test_an_unused_folder_is_removed(tmp_path: Path) -> None:
     for name, used in (("empty", False), ("used", True)):
         folder = tmp_path / name / "date"
         folder.mkdir(parents=True)
-        FolderLock(folder).release()
+        lock = FolderLock(folder)
         if used:
             (folder / "ptq.ckpt").touch()
-        remove_unused(folder)
+        lock.release(unused=True)
         assert folder.exists() is used
         assert folder.parent.exists() is used

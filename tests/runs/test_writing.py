@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from qat.cli.check_paths import check_folder
 from qat.errors import QatError
 from qat.runs.writing import remove_parts, replacing
 
@@ -28,7 +32,33 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_parts_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    for name in ("last.ckpt", "last.ckpt.17.part"):
+    """What a running process writes stays, here that of the parent and our own."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    kept = {"last.ckpt", f"table.csv.{os.getppid()}.part", "other.part"}
+    for name in (*kept, f"last.ckpt.{process.pid}.part", f"last.ckpt.{os.getpid()}.part"):
         (tmp_path / name).touch()
-    remove_parts(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    with replacing(tmp_path / "own.csv"):
+        remove_parts(tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == kept | {f"own.csv.{os.getpid()}.part"}
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    link, file = tmp_path / "link.csv", tmp_path / "below" / "file.csv"
+    link.symlink_to(file)
+    for text in ("new", "again"):
+        with replacing(link) as opened:
+            opened.write(text)
+        assert link.is_symlink()
+        assert file.read_text() == text
+
+
+def test_only_a_regular_file_is_replaced(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(os.devnull)
+    os.mkfifo(pipe)
+    for path in (Path(os.devnull), link, pipe, tmp_path):
+        with pytest.raises(QatError, match=r"--output .* cannot be written: give the name of a file"):
+            check_folder("--output", path)
+    check_folder("--output", tmp_path / "new.csv")

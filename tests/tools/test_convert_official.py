@@ -36,7 +36,7 @@ def command(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
         printed = capsys.readouterr()
         assert printed.out == ""
         if not code:
-            return caplog.messages[-1]
+            return caplog.messages[-2]
         assert code == 2
         assert printed.err.count("\n") == 1
         assert printed.err.startswith("qat: error: ")
@@ -90,4 +90,4 @@ def test_the_tool_is_the_verb(official_files, tmp_path, caplog):
     output = tmp_path / "deit.safetensors"
     with caplog.at_level(logging.INFO):
         assert tool([str(official_files.float), str(output)]) == 0
-    assert caplog.messages[-1] == f"{output}: {TINY}, float, 152 tensors"
+    assert caplog.messages[-2] == f"{output}: {TINY}, float, 152 tensors"

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from qat.data.listing import OLDER_ORDER, in_older_order
 from qat.data.softlabels.store import LIBVER, Header, layout
 from qat.errors import QatError, first_line
 
@@ -136,9 +137,11 @@ def names_in(file: h5py.File, name: str) -> Iterator[str]:
 
 def first_difference(stored: Iterable[str], given: Sequence[str]) -> str:
     """The first place where a stored list of names and the list on this machine differ, in words."""
+    stored = list(stored)
+    hint = f"; {OLDER_ORDER}: make the labels again" if in_older_order(stored, list(given)) else ""
     for theirs, ours in zip_longest(stored, given):
         if theirs != ours:
             return f"first, {'nothing' if ours is None else repr(ours)} is here where the labels have " + (
-                "nothing" if theirs is None else repr(theirs)
+                ("nothing" if theirs is None else repr(theirs)) + hint
             )
     return "the names agree, so the stored hash is wrong"

@@ -194,6 +194,8 @@ def test_a_store_that_is_being_written_is_refused(store: Path, monkeypatch: pyte
         (["a"], ["a", "b"], "'b' is here where the labels have nothing"),
         (["a", "b"], ["a"], "nothing is here where the labels have 'b'"),
         (["a"], ["a"], "the stored hash is wrong"),
+        (["1", "10", "2"], ["1", "2", "10"], "as text, 10 before 2: make the labels again"),
+        (["10/a", "2/a"], ["2/a", "10/a"], "as text, 10 before 2: make the labels again"),
     ],
 )
 def test_the_first_difference_is_named(stored, given, words: str) -> None:
