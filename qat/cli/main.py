@@ -19,7 +19,7 @@ import qat
 from qat.cli.log import quiet_libraries, set_up_logging
 from qat.errors import QatError, bad_input
 from qat.runs.process import first_process, keep_freed_memory
-from qat.runs.stop import Stopped, stoppable
+from qat.runs.stop import Stopped, end_workers, stoppable
 
 
 class Verb(NamedTuple):
@@ -110,4 +110,5 @@ def console() -> None:
     """Entry point of the command `qat`."""
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C while Python ends would print a traceback
+    end_workers()
     sys.exit(code)

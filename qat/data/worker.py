@@ -12,6 +12,7 @@ from itertools import count
 from torch import distributed
 
 PATIENCE = 20  # seconds
+LONGEST_STEP = 600  # seconds
 SETTLED = 0.1  # seconds
 HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
@@ -21,14 +22,13 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 
     A terminal sends Ctrl-C to all processes of a command, and a batch system SIGTERM: the main process then takes its
     step to the end, which may take long, saves and ends its workers. It sends SIGTERM too, to workers that do not end
-    by themselves, and once more when it ends. So the second SIGTERM ends a worker that hangs, after a while, and the
-    first one where the main process is gone.
+    by themselves. So the second SIGTERM ends a worker after a while, and so does the first one where the main process
+    is gone; else the first one ends it after the longest step that is thinkable.
     """
     parent, told = os.getppid(), count(1)
 
     def end_if_it_hangs(*_: object) -> None:
-        if next(told) == 2 or os.getppid() != parent:
-            signal.alarm(PATIENCE)
+        signal.alarm(PATIENCE if next(told) > 1 or os.getppid() != parent else LONGEST_STEP)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows

@@ -126,9 +126,17 @@ def _is_in_destructor(frame: FrameType | None) -> bool:
     return frame is not None
 
 
+def end_workers() -> None:
+    """End the processes that load images and are left over: Python waits for them when it ends."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker that is killed
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def leave(code: int) -> None:
     """End this process at once and from any thread, whatever its main thread waits for."""
-    for child in multiprocessing.active_children():
+    for child in multiprocessing.active_children():  # not end_workers: handlers are set in the main thread only
         child.kill()
     remove_open_parts()
     sys.stdout.flush()
