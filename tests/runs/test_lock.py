@@ -52,7 +52,7 @@ def test_the_owner_is_named_where_a_file_has_no_pwrite(tmp_path: Path, monkeypat
     monkeypatch.delattr(os, "pwrite", raising=False)  # as on Windows
     (tmp_path / "run.lock").write_text("the owner before, with a long name")
     lock = FolderLock(tmp_path)
-    assert (tmp_path / "run.lock").read_text().startswith(f"{os.getpid()} on ")
+    assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
     lock.release()
 
 
