@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from qat.errors import QatError
 
-Init = TypeVar("Init", bound=Callable[..., None])
+Method = TypeVar("Method", bound=Callable[..., Any])
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path", dict: "a mapping"}
 SHOWN = 80  # characters of a value in an error
 ORDINALS = {2: "two", 3: "three", 4: "four"}
@@ -80,19 +80,19 @@ def check_fields(options: Any, prefix: str | None = None) -> None:
         check_value(f"{prefix}{field.name}", getattr(options, field.name), hints[field.name])
 
 
-def checked(init: Init) -> Init:
-    """Decorator of an ``__init__`` that checks its arguments against their annotations before it runs."""
-    signature = inspect.signature(init)
+def checked(method: Method) -> Method:
+    """Decorator of a method, such as ``__init__``, that checks its arguments against their annotations first."""
+    signature = inspect.signature(method)
 
-    @functools.wraps(init)
-    def check_and_run(self: Any, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(method)
+    def check_and_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
-        hints = get_type_hints(init, include_extras=True)
+        hints = get_type_hints(method, include_extras=True)
         for name, value in given.items():
             kind = signature.parameters[name].kind
             if name in hints and kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL):
                 check_value(f"{type(self).__name__}: {name}", value, hints[name])
-        init(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     return check_and_run  # type: ignore[return-value]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
@@ -19,8 +19,8 @@ from qat.callbacks.counters import (
     count_steps,
 )
 from qat.callbacks.time_limit import TimeLimit
-from qat.data.imagenet import ImageNetDataModule
-from qat.errors import QatError
+from qat.checkpoint import DATA
+from qat.ranges import Range, checked
 from qat.runs import stop
 from qat.runs.folder import LAST
 from qat.runs.metrics import MetricsFile
@@ -41,9 +41,8 @@ class SaveLast(Checkpoint):
         every: optimizer steps between two writes.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
-        if every < 1:
-            raise QatError(f"--save_every is {every}: give at least 1 optimizer step")
+    @checked
+    def __init__(self, folder: Path, every: Annotated[int, Range(1)]) -> None:
         self.path, self.every = folder / LAST, every
         self._saved, self._boundaries = 0, 0
         self._between_batches = self._validating = self._pass_is_over = False
@@ -142,7 +141,7 @@ class SaveLast(Checkpoint):
             count_steps(checkpoint, trainer.global_step)
         if self._pass_is_over and not trainer.is_last_batch:
             count_in_the_middle_of_a_pass(checkpoint, trainer.accumulate_grad_batches)
-            checkpoint[ImageNetDataModule.__qualname__] |= {"batches": batches_of(checkpoint), "finished": False}
+            checkpoint[DATA] |= {"batches": batches_of(checkpoint), "finished": False}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Drop the metrics that were logged after the checkpoint: the resumed run logs them again.

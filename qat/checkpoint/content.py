@@ -20,9 +20,11 @@ from qat.sites.insert import quantizers
 KEY = "qat"
 AVERAGED = "current_model_state"  # where a weight average puts the weights that training resumes from
 PREFIX = "model."  # what the LightningModule puts before every name of the timm model
+DATA = "ImageNetDataModule"  # under this name Lightning stores the state of our data module
 VERSION = "pytorch-lightning_version"
 NAMES_PER_TENSOR = 4  # a quantized module takes over the parameters of a float one, so each is registered several times
 Count = Annotated[int, Range(0)]
+Crops = Annotated[int, Range(1)]
 ADAMW = {
     "amsgrad": False,
     "maximize": False,
@@ -121,6 +123,7 @@ def check_run(content: Mapping[str, Any], card: Card, source: str, resumes: bool
         if not isinstance(content.get(name), kind):
             raise QatError(f"{source} lacks {name!r}, which a run needs to resume: {DAMAGED}")
     _check_loops(content["loops"], source)
+    _check_data(content.get(DATA), source)
     _check_optimizer(content, card, source)
 
 
@@ -215,6 +218,18 @@ def _check_loops(loops: Mapping[str, Any], source: str) -> None:
             _check_progress(state, f"{source}: {name}")
     stepped = loop.get("epoch_loop.state_dict", {}).get("_batches_that_stepped", 0)
     check_value(f"{source}: _batches_that_stepped", stepped, Count)
+
+
+def _check_data(state: Any, source: str) -> None:
+    """Raise QatError unless the state of the data module, if there is one, says which batches are finished."""
+    if state is None:
+        return  # of a run with another data module
+    if not isinstance(state, Mapping):
+        raise QatError(f"{source}: {DATA} is {shown(state)}, not a mapping: {DAMAGED}")
+    check_plain(state, f"{source}: {DATA}")
+    for name, kind in (("epoch", Count), ("batches", Count), ("passes", list[Crops])):
+        if name in state or name != "passes":  # older versions did not store the passes
+            check_value(f"{source}: {name} of {DATA}", state.get(name), kind)
 
 
 def _check_progress(state: Mapping[str, Any], name: str) -> None:

@@ -10,9 +10,9 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 from qat.cli.config_file import SECTIONS, check_trusted, is_loaded, read_config
+from qat.cli.words import CONFIG, given_configs, options_in, says_trust
 from qat.errors import QatError
 
-FLAGS = ("-c", "--config")
 MOVED = {"qat.regularizers.": "qat.training.regularizers."}  # class paths that older runs wrote into their config.yaml
 
 
@@ -34,7 +34,7 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
             raise QatError("base stands inside a config; on the command line, give --config once for each file")
         if flag.startswith("--co") and "--config".startswith(flag) and flag != "--config":
             raise QatError(f"{flag} is short for --config: write it out")  # the parser would read it without its base
-        if flag not in FLAGS:
+        if flag not in CONFIG:
             found.append(word)
             continue
         value = value or next(words, "")
@@ -48,15 +48,14 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
 def _check_short_flags(arguments: Sequence[str]) -> None:
     """Refuse ``-cFILE``, which the parser would read as a config that nobody has checked."""
     for word in arguments:
-        if word.startswith("-c") and word.partition("=")[0] not in FLAGS:
+        if word.startswith("-c") and word.partition("=")[0] not in CONFIG:
             raise QatError(f"{word} gives a config without a space: write --config {word.removeprefix('-c')}")
 
 
 def _check_other_files(arguments: Sequence[str], trust: bool) -> None:
     """Refuse files that the parser would read beside those of ``--config``."""
-    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
-        flag, equals, value = word.partition("=")
-        option, value = flag.removeprefix("--"), value if equals else after
+    for flag, value in options_in(arguments):
+        option = flag.removeprefix("--")
         if flag.startswith("--") and option in SECTIONS:
             raise QatError(f"{flag} is a group of options: give each as {flag}.NAME VALUE, or write them in a --config")
         if flag.startswith("--") and not trust and is_loaded(option, value):
@@ -70,26 +69,6 @@ def check_configs(arguments: Sequence[str]) -> None:
         if not path or path.startswith("--"):
             raise QatError("--config stands without a value: give the path of a YAML file after it")
         check_trusted(Path(path), read_config(Path(path)))
-
-
-def says_trust(arguments: Sequence[str]) -> bool:
-    """Whether a command line has ``--trust true``; the last one counts."""
-    found = ""
-    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
-        flag, equals, value = word.partition("=")
-        if flag == "--trust":
-            found = value if equals else after
-    return found.lower() in ("true", "yes", "on")
-
-
-def given_configs(arguments: Sequence[str]) -> list[str]:
-    """The config files that a command names."""
-    found = []
-    for word, after in zip(arguments, [*arguments, ""][1:], strict=True):
-        flag, _, value = word.partition("=")
-        if flag in FLAGS:
-            found.append(value or after)
-    return found
 
 
 def _bases(path: Path, inside: tuple[Path, ...], trust: bool) -> list[Path]:

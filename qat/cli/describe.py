@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -11,12 +10,13 @@ from torch import nn
 
 from qat import checkpoint
 from qat.cli.check_options import check_constructors, check_options, parse_options
-from qat.cli.configs import given_configs, read_old_class_paths, with_bases
+from qat.cli.configs import read_old_class_paths, with_bases
 from qat.cli.options import plain_parser
 from qat.cli.parse import instantiate
+from qat.cli.run_of_ckpt import origin_of, run_name
 from qat.cli.settle import settle
 from qat.cli.summary import command, show
-from qat.runs.folder import find_checkpoint
+from qat.cli.words import given_configs
 from qat.sites.describe import Cost, as_table, cost, describe, summary
 from qat.sites.insert import quantize
 from qat.training.options import ModelOptions
@@ -36,8 +36,7 @@ def run(verb: str, arguments: Sequence[str]) -> Cost:
     check_constructors(parser, config, config)
     ckpt = config.ckpt
     if ckpt is not None:
-        configs = given_configs(arguments)
-        ckpt = find_checkpoint(ckpt, config.runs, config.name or (Path(configs[0]).stem if configs else None))
+        ckpt = origin_of(verb, ckpt, config.runs, run_name(config.name, given_configs(arguments))).ckpt
     settled = settle(verb, config, given, ckpt)
     if settled.ckpt is not None:
         loaded = checkpoint.load(settled.ckpt, config.trust)

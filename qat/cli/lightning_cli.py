@@ -15,7 +15,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from qat import checkpoint
 from qat.callbacks import (
     Calibrate,
     ConsoleLog,
@@ -28,18 +27,19 @@ from qat.callbacks.time_limit import TimeLimit
 from qat.cli.agreement import changes, run_options
 from qat.cli.check_options import check_constructors, check_options, parse_options
 from qat.cli.check_trainer import check_run, check_trainer
-from qat.cli.configs import given_configs, read_old_class_paths, with_bases
+from qat.cli.configs import read_old_class_paths, with_bases
 from qat.cli.loggers import need_no_folder, write_to
 from qat.cli.options import add_options
 from qat.cli.parse import SET_UP, instantiate
 from qat.cli.parts import all_loggers, as_list, best_of, check_processes, recorders
 from qat.cli.run_folder import RunFolder
-from qat.cli.run_of_ckpt import find_origin, origin_of
+from qat.cli.run_of_ckpt import find_origin, origin_of, run_name
 from qat.cli.save_config import SaveConfig
 from qat.cli.settle import settle
 from qat.cli.summary import after_training, show
 from qat.cli.trainer import TRAINER_DEFAULTS, Trainer
-from qat.data.imagenet import START, ImageNetDataModule
+from qat.cli.words import given_configs
+from qat.data.imagenet import ImageNetDataModule
 from qat.errors import QatError
 from qat.runs.checkpoint_io import AtomicCheckpoints
 from qat.runs.folder import LAST, config_name
@@ -113,11 +113,11 @@ class QatCLI(LightningCLI):
         check_trainer(config.trainer, self.verb, config.model.regularizers)
         check_constructors(self.parser, self.config, config)
         if self.origin.ckpt is None and config.ckpt is not None:  # it stands in a config
-            self.origin = origin_of(self.verb, config.ckpt, config.runs, self._name())
+            self.origin = origin_of(self.verb, config.ckpt, config.runs, run_name(config.name, self.configs))
         if self.origin.goes_on:
             self._run_folder()  # nobody else may be writing there
         settled = settle(self.verb, config, self.given[self.verb], self.origin.ckpt)
-        self.ckpt, self.calibrates = settled.ckpt, settled.calibrates
+        self.ckpt, self.calibrates, self.resumed = settled.ckpt, settled.calibrates, settled.run
 
     def instantiate_classes(self) -> None:
         """Build the data module, the trainer and the model from their options."""
@@ -127,9 +127,8 @@ class QatCLI(LightningCLI):
         self.config_init = instantiate(self.parser, config)
         options = self.config_init[self.verb]
         self.datamodule = ImageNetDataModule(options.data, options.model.classes)
-        if self.verb == "fit" and self.ckpt is not None:  # the passes that were made are part of the length of the run
-            content = checkpoint.read(self.ckpt, trust=options.trust)[1]
-            self.datamodule.load_state_dict(content.get(ImageNetDataModule.__qualname__, START))
+        if self.resumed is not None and self.resumed.data is not None:
+            self.datamodule.load_state_dict(self.resumed.data)  # the passes that were made are part of the run's length
         self.trainer = self.instantiate_trainer()  # what is wrong with it shows before weights are read or downloaded
         self.model = QATModule(options.model)
 
@@ -184,21 +183,18 @@ class QatCLI(LightningCLI):
         """Calibration comes first, a weight average after everything that still changes weights."""
         return sorted(callbacks, key=lambda callback: isinstance(callback, WeightAveraging))
 
-    def _name(self) -> str | None:
-        """The name of the run, where one is given."""
-        return self.config[self.verb].name or (Path(self.configs[0]).stem if self.configs else None)
-
     def _run_folder(self) -> Path:
-        return self.folder.open(self.config[self.verb], self.origin, self._name())
+        config = self.config[self.verb]
+        return self.folder.open(config, self.origin, run_name(config.name, self.configs))
 
     def fit(self, **kwargs: Any) -> None:
         """Train, from a checkpoint if there is one; options that have changed since then are logged."""
         self.model.run_options = run_options(self.config[self.verb])
         step = -1
-        if self.ckpt is not None:
-            step, before = _resumed_from(self.ckpt, self.config[self.verb].trust)
+        if self.resumed is not None:
+            step = self.resumed.step
             log.info("resuming from %s at step %d", self.ckpt, step)
-            for change in changes(before, self.model.run_options):
+            for change in changes(self.resumed.options, self.model.run_options):
                 log.info("changed since the checkpoint: %s", change)
         try:
             self.trainer.fit(ckpt_path=self.ckpt, **kwargs)
@@ -230,12 +226,6 @@ class QatCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=UNUSED)
         self.trainer.predict(ckpt_path=self.ckpt, output=self.config[self.verb].output, **kwargs)
         raise_if_told()
-
-
-def _resumed_from(ckpt: Path, trust: bool) -> tuple[int, dict[str, str]]:
-    """Step and options of a checkpoint, which is not kept open: the run will replace it."""
-    content = checkpoint.read(ckpt, trust=trust)[1]
-    return content["global_step"], content[checkpoint.KEY].get("options", {})
 
 
 def run(verb: str, arguments: Sequence[str]) -> QatCLI:

@@ -14,8 +14,8 @@ from typing import Any, NoReturn, get_type_hints
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import register_type
 
-from qat.cli.configs import says_trust
 from qat.cli.imports import Imports, checked, typed_names
+from qat.cli.words import says_trust
 from qat.errors import UNREADABLE, QatError, first_line
 from qat.ranges import describe_hint, shown
 

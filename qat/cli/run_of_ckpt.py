@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qat.cli.configs import given_configs
+from qat.cli.words import given_configs, last_value
 from qat.data.splits import HUB
 from qat.errors import UNREADABLE, QatError
 from qat.runs.folder import find_checkpoint, names_a_run, newest_config
@@ -54,28 +54,22 @@ def find_origin(verb: str, given: Sequence[str]) -> Origin:
     Raises:
         QatError: there is no such run.
     """
-    words = {name: _value_of(given, f"--{name}") for name in ("ckpt", "runs", "name")}
-    if words["ckpt"] in (None, "null"):
+    ckpt, runs, name = (last_value(given, f"--{option}") for option in ("ckpt", "runs", "name"))
+    if ckpt in ("", "null"):
         return Origin(None, False, None)
-    ckpt, configs = Path(str(words["ckpt"])).expanduser(), given_configs(given)
-    name = words["name"] or (Path(configs[0]).stem if configs else None)
-    return origin_of(verb, ckpt, Path(words["runs"] or "runs").expanduser(), name)
+    named = run_name(name, given_configs(given))
+    return origin_of(verb, Path(ckpt).expanduser(), Path(runs or "runs").expanduser(), named)
+
+
+def run_name(name: str | None, configs: Sequence[str]) -> str | None:
+    """The name of a run: the one that is given, or that of its first config; None without either."""
+    return name or (Path(configs[0]).stem if configs else None)
 
 
 def origin_of(verb: str, ckpt: Path, runs: Path, name: str | None) -> Origin:
     """The run that a ``--ckpt`` names; the arguments are those of `find_checkpoint`."""
     file = find_checkpoint(ckpt, runs, name)
     return Origin(file, verb == "fit" and names_a_run(ckpt), newest_config(file.parent))
-
-
-def _value_of(words: Sequence[str], flag: str) -> str | None:
-    """The last value that an option has on a command line."""
-    found = None
-    for word, after in zip(words, [*words, None][1:], strict=True):
-        name, equals, value = word.partition("=")
-        if name == flag:
-            found = value if equals else after
-    return found
 
 
 def _places(config: Path) -> list[str]:

@@ -6,9 +6,10 @@ Everything that can be wrong is looked at here; options are completed in place.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qat import checkpoint
 from qat.cli.agreement import check_agreement
@@ -27,10 +28,25 @@ class Settled:
     Args:
         ckpt: checkpoint that the model comes from.
         calibrates: the quantizers are still to be filled.
+        run: what the checkpoint says of a run that resumes: its step, its options and the state of its data.
     """
 
     ckpt: Path | None
     calibrates: bool
+    run: Resumed | None = None
+
+
+class Resumed(NamedTuple):
+    """A run that resumes. Its checkpoint is not kept open, because the run will replace it."""
+
+    step: int
+    options: dict[str, str]
+    data: dict[str, Any] | None  # None in a checkpoint of a run with another data module
+
+    @classmethod
+    def from_checkpoint(cls, content: Mapping[str, Any]) -> Resumed:
+        """What a checkpoint says."""
+        return cls(content["global_step"], content[checkpoint.KEY].get("options", {}), content.get(checkpoint.DATA))
 
 
 def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
@@ -46,6 +62,7 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
         QatError: for the first thing that is wrong.
     """
     model, data = config.model, config.data
+    run = None
     model.trust = trust = bool(config.get("trust", False))
     if ckpt is not None:
         card, content = checkpoint.read(ckpt, trust=trust)
@@ -56,6 +73,7 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
             )
         if verb != "describe":
             checkpoint.check_run(content, card, str(ckpt), resumes=verb == "fit")
+        run = Resumed.from_checkpoint(content) if verb == "fit" else None
         check_agreement(card, ckpt, given)
         for key, value in card.options().items():
             model[key] = value
@@ -88,7 +106,7 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
             _check_images(config.calibration.images, data)
     if verb != "fit":
         model.teacher = None
-    return Settled(ckpt, calibrates)
+    return Settled(ckpt, calibrates, run)
 
 
 def _check_images(wanted: int, data: Any) -> None:

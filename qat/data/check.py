@@ -125,13 +125,6 @@ def given_crop_options(scale: object, ratio: object, flip: object) -> dict[str, 
     return {name: value for name, value in options.items() if value is not None}
 
 
-def at_least(name: str, value: int, lowest: int) -> int:
-    """Return ``value``; QatError when it is below ``lowest``."""
-    if value < lowest:
-        raise QatError(f"data.{name} is {value}: it must be at least {lowest}")
-    return value
-
-
 def cores() -> int:
     """Number of cores that this process may use; in a container they are often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qat.data.batch_size import DEFAULT_BATCH_SIZE, split_global_batch
-from qat.data.check import at_least, cores
+from qat.data.check import cores
 from qat.data.classes import Classes, Tree
 from qat.data.crops import CropDistribution
 from qat.data.folder import find_loose_images
@@ -29,6 +29,7 @@ from qat.data.streams import rng_for
 from qat.data.unreadable import UnreadableImages
 from qat.errors import QatError
 from qat.preprocessing import Preprocessing
+from qat.ranges import Range, Seed, checked
 
 __all__ = ["Batch", "ImageNetDataModule"]
 log = logging.getLogger(__name__)
@@ -193,30 +194,32 @@ class ImageNetDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Every image to predict once, in order, spread over the ranks; all labels are -1."""
         upright = self.options.exif_orientation is not False
-        view = EvalView(self._preprocessing())
-        return self._evaluation(Images(self._prediction_source(), None, view, upright=upright))
+        return self._evaluation(
+            Images(self._prediction_source(), None, EvalView(self._preprocessing()), upright=upright)
+        )
 
-    def calibration_batches(self, images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    @checked
+    def calibration_batches(
+        self, images: Annotated[int, Range(1)], batch_size: Annotated[int, Range(1)], seed: Seed
+    ) -> Iterator[Tensor]:
         """Batches uint8 (b, 3, S, S) of a random subset of the training images, in the evaluation transform.
 
-        The subset depends on the seed alone, so every rank gets the same.
+        The subset depends on the ``seed`` alone, so every rank gets the same.
 
         Args:
-            images: size of the subset.
+            images: size of the subset, whose images and order the seed chooses.
             batch_size: b.
-            seed: chooses the images and their order.
 
         Raises:
             QatError: there are fewer training images.
         """
         source = self._split("train", EvalView(self._preprocessing()), TRIES[self.options.on_bad_image])
-        if not 0 < images <= len(source):
-            most = len(source)
+        if images > (most := len(source)):
             raise QatError(f"calibration.images is {images}: {source.source.place} has {most}, choose 1..{most}")
-        chosen = rng_for(at_least("calibration seed", seed, 0), 0, 0).permutation(len(source))[:images]
-        batches = ResumableBatchSampler(chosen, at_least("calibration batch_size", batch_size, 1))
-        loader = load(source, self.workers, batch_sampler=batches)
-        return (self.unreadable.report_training(batch).images for batch in loader)
+        chosen = rng_for(seed, 0, 0).permutation(len(source))[:images]
+        batches = ResumableBatchSampler(chosen, batch_size)
+        found = load(source, self.workers, batch_sampler=batches)
+        return (self.unreadable.report_training(batch).images for batch in found)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Report unreadable images in the main process: QatError, or a warning with ``on_bad_image: skip``."""

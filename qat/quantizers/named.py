@@ -51,7 +51,7 @@ def _find_kind(class_path: Any, trust: bool) -> type[Spec]:
     if not trust:
         raise QatError(
             f"quantizer {class_path!r} is no part of qat, and importing it would run its code: if you trust it, give "
-            "--trust (trust=True in Python)"
+            "--trust true (trust=True in Python)"
         )
     return _import_kind(class_path)
 

@@ -80,6 +80,15 @@ SPOILT = {
         lambda c: c["loops"]["fit_loop"].update(epoch_progress=[1]),
         "epoch_progress of its loops is",
     ),
+    "data as a list": (lambda c: c.update(ImageNetDataModule=[1]), r"ImageNetDataModule is \[1\], not a mapping"),
+    "a pass before the first": (
+        lambda c: c.update(ImageNetDataModule={"epoch": -1, "batches": 0}),
+        "epoch of ImageNetDataModule is -1",
+    ),
+    "a pass without crops": (
+        lambda c: c.update(ImageNetDataModule={"epoch": 0, "batches": 0, "passes": [2, 0]}),
+        "passes of ImageNetDataModule is",
+    ),
     "no loop": (lambda c: c["loops"].clear(), "loops has no 'fit_loop'"),
     "a negative count": (
         lambda c: c["loops"]["fit_loop"]["epoch_progress"]["total"].update(ready=-1),
