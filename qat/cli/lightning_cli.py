@@ -117,7 +117,8 @@ class QatCLI(LightningCLI):
         if self.origin.goes_on:
             self._run_folder()  # nobody else may be writing there
         settled = settle(self.verb, config, self.given[self.verb], self.origin.ckpt)
-        self.ckpt, self.calibrates, self.resumed = settled.ckpt, settled.calibrates, settled.run
+        self.ckpt, self.calibrates = settled.ckpt, settled.calibrates
+        self.resumed, self.replaced = settled.run, settled.replaced
 
     def instantiate_classes(self) -> None:
         """Build the data module, the trainer and the model from their options."""
@@ -144,7 +145,7 @@ class QatCLI(LightningCLI):
         if self.verb == "fit":
             regularizes = bool(self.config[self.verb].model.regularizers)
             callbacks += recorders(run, self.config[self.verb].save_every, regularizes, callbacks)
-            self.save_config_kwargs = {"config_filename": config_name(run), "folder": run}
+            self.save_config_kwargs = {"config_filename": config_name(run), "folder": run, "replaced": self.replaced}
             kwargs["max_epochs"] = len(self.datamodule.passes) if config.max_epochs is None else config.max_epochs
             kwargs["logger"] = all_loggers(run, config.logger)
         else:

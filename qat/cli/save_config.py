@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,22 @@ FILES = {  # options that name a file or a folder, by their group
 }
 
 
+AS_GIVEN = ("recipe", "rules", "w_bits", "a_bits", "checkpoint", "checkpoint_key", "quant_checkpoint", "fresh_head")
+
+
 class SaveConfig(SaveConfigCallback):
     """Writes all options of a run to a file when training starts: a command that was refused before leaves none.
 
     Args:
         folder: folder of the run.
+        replaced: options of the model before those of a checkpoint took their place. Recipe and weights are saved as
+            they were given, so that the file can begin another run too.
         **kwargs: for Lightning's callback, which brings parser and options.
     """
 
-    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, folder: Path, replaced: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.folder = folder
+        self.folder, self.replaced = folder, replaced
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Wait for the start of training."""
@@ -36,7 +42,10 @@ class SaveConfig(SaveConfigCallback):
         """Write the file."""
         if not trainer.is_global_zero:
             return
-        config = with_absolute_paths(self.config)
+        config = self.config.clone()
+        for name in AS_GIVEN:
+            config.model[name] = self.replaced.get(name, config.model[name])
+        config = with_absolute_paths(config)
         config.trust = config.model.trust = False  # only a command line can say it
         text = self.parser.dump(config, skip_unset=False)
         with replacing(self.folder / self.config_filename) as file:

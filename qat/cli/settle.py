@@ -16,6 +16,7 @@ from qat.cli.agreement import check_agreement
 from qat.errors import QatError
 from qat.models import default_preprocessing
 from qat.models.arch import has_one_size
+from qat.preprocessing import Preprocessing
 from qat.recipe import build_recipe
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,13 @@ class Settled:
         ckpt: checkpoint that the model comes from.
         calibrates: the quantizers are still to be filled.
         run: what the checkpoint says of a run that resumes: its step, its options and the state of its data.
+        replaced: options of the model, as they were before the card of the checkpoint took their place.
     """
 
     ckpt: Path | None
     calibrates: bool
-    run: Resumed | None = None
+    run: Resumed | None
+    replaced: dict[str, Any]
 
 
 class Resumed(NamedTuple):
@@ -62,41 +65,18 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
         QatError: for the first thing that is wrong.
     """
     model, data = config.model, config.data
-    run = None
-    model.trust = trust = bool(config.get("trust", False))
-    if ckpt is not None:
-        card, content = checkpoint.read(ckpt, trust=trust)
-        if verb == "fit" and "optimizer_states" not in content:
-            raise QatError(
-                f"{ckpt} holds weights only, no state of a run to resume: to start from them, give it as "
-                "--model.quant_checkpoint, with the recipe that it was made with"
-            )
-        if verb != "describe":
-            checkpoint.check_run(content, card, str(ckpt), resumes=verb == "fit")
-        run = Resumed.from_checkpoint(content) if verb == "fit" else None
-        check_agreement(card, ckpt, given)
-        for key, value in card.options().items():
-            model[key] = value
-        data.preprocessing = card.preprocessing
+    model.trust = bool(config.get("trust", False))
+    run, replaced = (None, {}) if ckpt is None else _take_card(verb, config, given, ckpt)
     if model.arch is None:
         raise QatError("model.arch is not set: give the name of a timm model, a --config or a --ckpt")
-    table = build_recipe(model.recipe, model.rules or [], model.w_bits, model.a_bits, trust)
-    stated = {**(model.preprocessing or {}), **(data.preprocessing or {})}
-    default = default_preprocessing(model.arch, model.model_args)
-    preprocessing = default.override(stated)
-    if preprocessing.size != default.size and has_one_size(model.arch, model.model_args):
-        raise QatError(
-            f"data.preprocessing.size is {preprocessing.size}, but {model.arch} takes {default.size} pixels: give "
-            f"--model.model_args.img_size {preprocessing.size} in its place"
-        )
-    data.preprocessing = model.preprocessing = preprocessing.to_dict()
+    table = build_recipe(model.recipe, model.rules or [], model.w_bits, model.a_bits, model.trust)
+    data.preprocessing = model.preprocessing = _preprocessing(model, data).to_dict()
     for part in (data, model):
         part.seed = config.seed_everything if part.seed is None else part.seed
     if model.quant_checkpoint is not None:
-        checkpoint.read(model.quant_checkpoint, "--model.quant_checkpoint", trust)
+        checkpoint.read(model.quant_checkpoint, "--model.quant_checkpoint", model.trust)
     calibrates = bool(table) and ckpt is None and model.quant_checkpoint is None
-    resumes = verb == "fit" and ckpt is not None  # its config was made for the calibration that came before
-    if given.get("calibration") and not calibrates and not resumes:
+    if given.get("calibration") and not calibrates and run is None:  # a run that resumes was calibrated by its config
         log.info("the model is calibrated already: calibration.* is not used")
     if verb != "describe":
         from qat.data.check import check_data
@@ -106,7 +86,38 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
             _check_images(config.calibration.images, data)
     if verb != "fit":
         model.teacher = None
-    return Settled(ckpt, calibrates, run)
+    return Settled(ckpt, calibrates, run, replaced)
+
+
+def _take_card(verb: str, config: Any, given: Any, ckpt: Path) -> tuple[Resumed | None, dict[str, Any]]:
+    """Let the card of a checkpoint replace the options that it says; the run that resumes, and what was replaced."""
+    card, content = checkpoint.read(ckpt, trust=config.model.trust)
+    resumes = verb == "fit"
+    if resumes and "optimizer_states" not in content:
+        raise QatError(
+            f"{ckpt} holds weights only, no state of a run to resume: to start from them, give it as "
+            "--model.quant_checkpoint, with the recipe that it was made with"
+        )
+    if verb != "describe":
+        checkpoint.check_run(content, card, str(ckpt), resumes)
+    check_agreement(card, ckpt, given)
+    replaced = {name: config.model[name] for name in card.options()}
+    for name, value in card.options().items():
+        config.model[name] = value
+    config.data.preprocessing = card.preprocessing
+    return (Resumed.from_checkpoint(content) if resumes else None), replaced
+
+
+def _preprocessing(model: Any, data: Any) -> Preprocessing:
+    """That of the model, with what the options state; QatError for a size that the model does not take."""
+    default = default_preprocessing(model.arch, model.model_args)
+    stated = default.override({**(model.preprocessing or {}), **(data.preprocessing or {})})
+    if stated.size != default.size and has_one_size(model.arch, model.model_args):
+        raise QatError(
+            f"data.preprocessing.size is {stated.size}, but {model.arch} takes {default.size} pixels: give "
+            f"--model.model_args.img_size {stated.size} in its place"
+        )
+    return stated
 
 
 def _check_images(wanted: int, data: Any) -> None:

@@ -204,11 +204,10 @@ class ImageNetDataModule(L.LightningDataModule):
     ) -> Iterator[Tensor]:
         """Batches uint8 (b, 3, S, S) of a random subset of the training images, in the evaluation transform.
 
-        The subset depends on the ``seed`` alone, so every rank gets the same.
-
         Args:
-            images: size of the subset, whose images and order the seed chooses.
+            images: size of the subset; which ones depends on the seed alone, so every rank gets the same.
             batch_size: b.
+            seed: of the subset.
 
         Raises:
             QatError: there are fewer training images.

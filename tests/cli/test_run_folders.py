@@ -114,6 +114,20 @@ class TestCkpt:
         assert Path(saved["data"]["root"]).is_absolute()
 
 
+def test_a_resumed_run_saves_recipe_and_weights_as_they_were_given(config: Path, tmp_path: Path) -> None:
+    args = ["--runs", str(tmp_path), "--trainer.max_steps"]
+    run(["fit", "--config", str(config), *args, "2"])
+    run(["fit", "--ckpt", "last", *args, "3"])
+    run(["fit", "--ckpt", "last", *args, "4"])  # from config_2.yaml
+    first, *others = (yaml.safe_load((folder_of(tmp_path) / f"config{n}.yaml").read_text()) for n in ("", "_2", "_3"))
+    for saved in others:
+        assert saved["model"] == first["model"]
+        assert saved["model"]["recipe"] == "vvtq"
+    cli = run(["fit", "--config", str(folder_of(tmp_path) / "config_3.yaml"), "--ckpt", "null"])  # and begins a new one
+    assert cli.trainer.global_step == 4
+    assert cli.calibrates
+
+
 OTHER = "{class_path: CSVLogger, init_args: {save_dir: DIR}}"
 
 
