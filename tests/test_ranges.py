@@ -55,7 +55,8 @@ def test_a_value_out_of_its_range_is_refused_by_name(given, message):
 
 
 def test_values_in_range_are_taken():
-    Options(lr=1, bits=np.int64(4), betas=[0.0, 0.5], path="x", mode="skip", flag=True)
+    taken = Options(lr=1, bits=np.int64(4), betas=[0.0, 0.5], path="x", mode="skip", flag=True)
+    assert (taken.lr, taken.bits, taken.betas, taken.path, taken.mode) == (1, 4, [0.0, 0.5], "x", "skip")
 
 
 def test_arguments_of_a_constructor_are_checked_before_it_runs():

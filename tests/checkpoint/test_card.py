@@ -16,6 +16,7 @@ from qat.errors import QatError
 from qat.training.options import ModelOptions
 from qat.training.student import build_student
 from tests.checkpoint.saved import ARCH, TINY, make, write
+from tests.own_quantizer import own_quantizer
 
 LACKS = "its card lacks"
 
@@ -166,23 +167,8 @@ def test_a_card_that_no_reader_would_take_is_never_written():
         build_student(ModelOptions(arch=ARCH, checkpoint=None, num_classes=3, model_args=TINY, classes=["a", "b"]))
 
 
-def quantizer_from_outside(folder, monkeypatch, module):
-    """A module with a quantizer like LSQ; importing it leaves a file behind."""
-    (folder / f"{module}.py").write_text(
-        "from dataclasses import dataclass\n"
-        "from pathlib import Path\n"
-        "from qat.quantizers import LSQ\n\n"
-        "Path(__file__).with_name('imported').touch()\n\n\n"
-        "@dataclass(frozen=True)\n"
-        "class Mine(LSQ):\n"
-        "    pass\n"
-    )
-    monkeypatch.syspath_prepend(folder)
-    return {"class_path": f"{module}.Mine", "init_args": {"bits": 4}}
-
-
 def test_reading_a_checkpoint_imports_what_it_names_only_when_it_is_trusted(tmp_path, monkeypatch):
-    spec = quantizer_from_outside(tmp_path, monkeypatch, "outside_of_a_card")
+    spec = own_quantizer(tmp_path, monkeypatch, "outside_of_a_card", bits=4)
     _, content = make()
     content["qat"]["rules"].append({"match": "blocks.0.mlp.fc1.weight_quant", "spec": spec})
     path = write(content, tmp_path / "a.ckpt")

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from qat import build_float
 from qat.cli.main import main, run
 from tests.conftest import TINY
+from tests.own_quantizer import own_quantizer
 
 WEIGHT = "model.blocks.0.norm1.weight"
 Refused = Callable[..., str]
@@ -158,17 +159,7 @@ def test_a_folder_of_the_hub_is_calibrated_and_its_checkpoint_stands_alone(image
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, Any]:
     """A rule for a quantizer outside the package; importing its module leaves the file ``imported`` behind."""
     module = f"mine_{abs(hash(request.node.name))}"
-    (tmp_path / f"{module}.py").write_text(
-        "from dataclasses import dataclass\n"
-        "from pathlib import Path\n"
-        "from qat.quantizers import LSQ\n\n"
-        "Path(__file__).with_name('imported').touch()\n\n\n"
-        "@dataclass(frozen=True)\n"
-        "class Mine(LSQ):\n"
-        "    pass\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    return {"match": "head.weight_quant", "spec": {"class_path": f"{module}.Mine", "init_args": {"bits": 5}}}
+    return {"match": "head.weight_quant", "spec": own_quantizer(tmp_path, monkeypatch, module, bits=5)}
 
 
 def test_a_checkpoint_runs_no_code_unless_it_is_trusted(

@@ -11,14 +11,14 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.models import build_float
 from qat.models.eva import grid_of, rotation
 from qat.ptq import Observe
-from qat.quantizers import LSQ
+from qat.quantizers import LSQ, Quantizer
 from qat.recipe import Rule, build_recipe
 from qat.sites.describe import cost
 from qat.sites.family import family_of
-from qat.sites.insert import quantize, quantizers, sites, switched_off
+from qat.sites.insert import FloatSite, quantize, quantizers, sites, switched_off
+from tests.models.perturbed import perturbed, two_images
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 DINOV3, EVA02, MIXED = (
@@ -30,16 +30,7 @@ EIGHT = {"class_path": "Uniform", "init_args": {"bits": 8, "zero": "code"}}
 
 
 def tiny(arch: str = DINOV3, **arguments: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = build_float(arch, None, 10, {**TINY, **arguments}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model
-
-
-def images(height: int = 32, width: int = 32) -> Tensor:
-    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+    return perturbed(arch, **{**TINY, **arguments})
 
 
 @pytest.mark.parametrize("arch", [DINOV3, EVA02])
@@ -51,7 +42,7 @@ def test_the_sites_of_q_and_k_see_rotated_patches_and_other_tokens_as_they_are(a
     for name in ("q_quant", "k_quant"):
         getattr(attn, name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
     attn.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
-    model(images())
+    model(two_images())
     rope, T = rotation(model, (4, 4)), model.num_prefix_tokens
     for name, plain in zip(("q_quant", "k_quant"), attn.heads(seen["x"])[:2], strict=True):
         assert torch.equal(seen[name][:, :, :T], plain[:, :, :T])
@@ -81,7 +72,7 @@ def test_images_of_another_size_than_that_of_the_model(quantized):
     model = quantize(copy.deepcopy(float_model), rules)
     for size in ((48, 48), (32, 32)):
         with switched_off(quantizer for _, quantizer in quantizers(model)):
-            found = x = images(*size)
+            found = x = two_images(*size)
             for unit in family_of(model).units(model):
                 x = unit.run(x)
             assert torch.equal(x, model(found))
@@ -138,12 +129,15 @@ def test_a_recipe_that_quantizes_before_the_rotation_only_is_refused_and_a_rule_
         quantize(tiny(), build_recipe(recipe, w_bits=8, a_bits=8))
     rule = {"match": "*.attn.[qk]_quant", "spec": EIGHT}
     model = quantize(tiny(), build_recipe(recipe, [rule], w_bits=8, a_bits=8))
-    Observe()(model, [images()])
-    assert float((model(images()) - tiny()(images())).norm() / tiny()(images()).norm()) < 0.1
+    Observe()(model, [two_images()])
+    assert float((model(two_images()) - tiny()(two_images())).norm() / tiny()(two_images()).norm()) < 0.1
 
 
 def test_without_a_rotation_such_a_recipe_needs_no_more():
-    quantize(tiny("eva_giant_patch14_224"), build_recipe("fq_vit_888", w_bits=8, a_bits=8))
+    model = quantize(tiny("eva_giant_patch14_224"), build_recipe("fq_vit_888", w_bits=8, a_bits=8))
+    attention = model.blocks[0].attn
+    assert isinstance(attention.q_quant, FloatSite)  # it is the output of the projection, which is quantized
+    assert isinstance(attention.projection.output_quant, Quantizer)
 
 
 class OtherRotation(nn.Module):
@@ -179,7 +173,7 @@ def test_dropped_patches_keep_their_rotation_where_the_embedding_is_float():
     model = quantize(copy.deepcopy(float_model), [])
     for seeded in (float_model, model):
         torch.manual_seed(5)
-        seeded.found = seeded(images())
+        seeded.found = seeded(two_images())
     torch.testing.assert_close(model.found, float_model.found)
 
 

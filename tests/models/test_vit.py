@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat.errors import QatError
-from qat.models import build_float, param_groups
+from qat.models import param_groups
 from qat.quantizers import LSQ, IntegerNorm
 from qat.recipe import Rule, build_recipe
 from qat.sites.family import family_of
 from qat.sites.insert import quantize, quantizers, sites, switched_off
+from tests.models.perturbed import perturbed, two_images
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 VIT, BEIT, AIMV2 = "vit_tiny_patch16_224", "beit_base_patch16_224", "aimv2_large_patch14_224"
@@ -22,16 +23,7 @@ WIDE = [Rule("*", LSQ(16))]
 
 
 def tiny(arch: str = VIT, **arguments: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = build_float(arch, None, 10, {**TINY, **arguments}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model
-
-
-def images(size: int = 32) -> Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return perturbed(arch, **{**TINY, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -49,7 +41,7 @@ def test_the_embedding_is_that_of_timm_with_sites_in_it(arch, arguments, size):
     float_model = tiny(arch, **arguments)
     model = quantize(copy.deepcopy(float_model), WIDE)
     with switched_off(quantizer for _, quantizer in quantizers(model)):
-        x = images(size)
+        x = two_images(size)
         expected = float_model(x)
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
         for unit in family_of(model).units(model):

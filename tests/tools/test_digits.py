@@ -73,7 +73,9 @@ def test_the_same_tree_is_written_every_time(tree, tmp_path):
 
 def test_a_complete_tree_is_left_alone(tree, monkeypatch):
     monkeypatch.setattr(digits, "write_images", refuse_images)
+    before = {path: path.stat().st_mtime_ns for path in tree.rglob("*")}
     digits.write(tree)
+    assert {path: path.stat().st_mtime_ns for path in tree.rglob("*")} == before
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
