@@ -95,6 +95,8 @@ def check_options(verb: str, config: Any) -> None:
         QatError: a name that is none, a file that cannot be written.
     """
     check_name(config.name)
+    if config.model.trust:
+        raise QatError("model.trust is true: on a command line it is --trust true, for all files together")
     if verb == "validate":
         check_folder("--results_file", config.results_file)
     if verb == "predict":

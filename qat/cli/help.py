@@ -142,7 +142,13 @@ def print_help(verb: str, summary: str, everything: bool) -> None:
 
 def _others(verb: str, lines: Iterable[str]) -> dict[str, list[str]]:
     """The options that are not in `COMMON`, by the title of their group; those of training alone only for qat fit."""
-    hidden = {"help", "print_config", *GROUPS, *(name for names in COMMON[verb].values() for name in names)}
+    hidden = {
+        "help",
+        "print_config",
+        "model.trust",
+        *GROUPS,
+        *(name for names in COMMON[verb].values() for name in names),
+    }
     if verb != "fit":
         hidden |= OF_TRAINING
     left = [name for name in lines if name not in hidden and not name.endswith(".help")]

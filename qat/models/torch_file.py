@@ -80,6 +80,8 @@ def check_sums(path: Path) -> None:
 def reason(error: Exception) -> str:
     """Why a file could not be read, in one line."""
     text = ANSI.sub("", str(error))
+    if isinstance(error, EOFError | KeyError):  # of the unpickler, which does not say what it has met
+        return "it is empty, cut off, or no file that torch has saved"
     if found := REFUSED_CLASS.search(text):
         return f"it holds a {found[1]}, which is neither a tensor nor plain data, and reading it could run code"
     if found := REFUSED.search(text):  # torch tells first at length how to read the file all the same

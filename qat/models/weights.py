@@ -67,6 +67,8 @@ def choose_table(
     found = find_tables(content)
     if not found:
         raise QatError(f"{path} holds no table of weights{_what_else(content)}")
+    if key is not None and list(found) == [ONE_TABLE]:
+        raise QatError(f"{option} is {key!r}, but {path} holds a single table of weights: leave it out")
     if key is not None and key not in found:
         raise QatError(f"{option} is {key!r}, but {path} holds {', '.join(found)}: choose one of them, or leave it out")
     names = [name for name in (*AVERAGED, *TRAINED) if name in found]

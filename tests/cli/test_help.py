@@ -22,7 +22,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def options(verb: str) -> set[str]:
     dests = {action.dest for action in plain_parser(verb, "").__dict__["_actions"]}
-    return {name for name in dests if not name.endswith("help")} - {"print_config", *GROUPS}
+    return {name for name in dests if not name.endswith("help")} - {"print_config", "model.trust", *GROUPS}
 
 
 def listed(text: str) -> set[str]:

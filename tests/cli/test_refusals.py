@@ -125,6 +125,7 @@ FIT = """
 --seed_everything -1                        | seed_everything is -1
 --seed_everything 4294967296                | seed_everything is 4294967296
 --save_every 0                              | save_every is 0
+--model.trust true                          | model.trust is true: on a command line it is --trust true
 --runs ""                                   | runs is '': give a path
 --name ..                                   | name is '..': give one word
 --name /tmp/elsewhere                       | name is '/tmp/elsewhere'
