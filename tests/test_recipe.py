@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import Namespace
 
 from qat.errors import QatError
-from qat.quantizers import LSQ, PTF, IntegerNorm, Uniform
+from qat.quantizers import LSQ, PTF, AdaLog, IntegerNorm, Uniform
 from qat.quantizers.spec import Spec
 from qat.recipe import Rule, build_recipe, read_rules, resolve, spec_from_dict
 
@@ -83,6 +83,16 @@ FULL = [  # of uniform_full_released: glob, and whether the rule is optional
     ("*.relative_position_bias_table_quant", True), ("*.downsample.reduction.output_quant", True),
     ("head.fc.input_quant", True),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "more"), [("adalog", 0), ("adalog_released", 1), ("frontier", 0)])
+def test_adalog_has_an_extra_level_as_released_only(name: str, more: int):
+    table = build_recipe(name, w_bits=4, a_bits=4)
+    specs = [resolve(table, f"blocks.0.{site}").spec for site in ("attn.probs_quant", "mlp.fc2.input_quant")]
+    assert [type(spec) for spec in specs] == [AdaLog, AdaLog]
+    assert [spec.levels for spec in specs] == [16 + more, 16 + more]
+    assert [spec.shifted for spec in specs] == [False, True]
+    assert specs[0].unit == (name != "frontier")
 
 
 def test_the_released_recipes_of_fq_vit_are_the_plain_ones_with_other_values():

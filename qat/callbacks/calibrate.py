@@ -6,15 +6,17 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from qat.checkpoint import Card
 from qat.data.imagenet import ImageNetDataModule
 from qat.errors import QatError
 from qat.ptq import InitSteps, PTQMethod, site_errors
@@ -33,7 +35,8 @@ class Calibrate(L.Callback):
 
     It runs in ``setup``: after the data is known, before a checkpoint is restored, before DDP wraps the model and
     before the optimizer exists. Nothing happens to a model that the method does not want, by default one that is
-    calibrated already. The error of every site is measured afterwards, and the model is saved as ptq.ckpt.
+    calibrated already. Quantizers that the method has chosen become rules of the card. The error of every site is
+    measured afterwards, and the model is saved as ptq.ckpt.
 
     Args:
         options: the method, how many images it sees, and the seed that draws them.
@@ -56,22 +59,16 @@ class Calibrate(L.Callback):
             raise QatError("calibration needs training images: pass an ImageNetDataModule, or calibrate before fitting")
         self.check_devices(trainer.world_size, trainer.state.fn == TrainerFn.FITTING)
         started, name = time.perf_counter(), type(self.method).__name__
-        log.info("calibrating with %s on %d training images ...", name, self.images)
+        log.info("calibrating with %s on %d images ...", name, self.images)
         module = pl_module.to(trainer.strategy.root_device)  # setup comes before Lightning moves the model
         with PeakMemory(module.device) as memory:
             self.method(module.model, self._read(module, datamodule, self.images))
         raise_for_uncalibrated(module.model)
+        module.card = with_chosen(module.card, self.method.chosen)
         seconds, count = time.perf_counter() - started, len(list(quantizers(module.model)))
         log.info("calibrated %d sites in %.1f s, peak memory %.0f MB", count, seconds, memory.megabytes)
-        module.calibration = {
-            "method": repr(self.method),
-            "images": self.images,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "seconds": round(seconds, 2),
-            "peak_memory_mb": round(memory.megabytes),
-            "snr_db": site_errors(module.model, self._read(module, datamodule, min(self.images, MEASURED))),
-        }
+        errors = site_errors(module.model, self._read(module, datamodule, min(self.images, MEASURED)))
+        module.calibration = self._results(seconds, memory.megabytes, errors)
         if self.folder is not None:
             trainer.save_checkpoint(self.folder / CALIBRATED, weights_only=True)
             if trainer.is_global_zero:
@@ -83,17 +80,47 @@ class Calibrate(L.Callback):
         if count > 1 and (self.method.single_device or not trains):
             raise QatError(
                 f"calibration with {type(self.method).__name__} runs on one device, and this run has {count}: run "
-                "`qat validate` with --trainer.devices 1 first, then give its ptq.ckpt as --model.quant_checkpoint to "
+                "`qat calibrate` with --trainer.devices 1 first, then give its ptq.ckpt as --model.quant_checkpoint to "
                 "`qat fit`, or as --ckpt to other commands"
             )
+
+    def _results(self, seconds: float, megabytes: float, errors: dict[str, float]) -> dict[str, Any]:
+        """What checkpoint and results say about the calibration."""
+        told = {"chosen": self.method.chosen, "report": self.method.report}
+        return {
+            "method": repr(self.method),
+            "images": self.images,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "seconds": round(seconds, 2),
+            "peak_memory_mb": round(megabytes),
+            "snr_db": errors,
+            **{name: value for name, value in told.items() if value},
+        }
 
     def _read(self, module: QATModule, datamodule: ImageNetDataModule, images: int) -> CalibrationImages:
         return CalibrationImages(module, datamodule, images, self.batch_size, self.seed)
 
 
+def with_chosen(card: Card, chosen: dict[str, dict[str, Any]]) -> Card:
+    """The card of a model in which a method has replaced quantizers: a rule for each such site, after all others.
+
+    Args:
+        card: of the model as its recipe describes it.
+        chosen: the spec of every quantizer that was replaced, as plain data, by the name of its site.
+
+    Raises:
+        QatError: a spec that a reader of the checkpoint would refuse.
+    """
+    if not chosen:
+        return card
+    rules = [{"match": site, "spec": spec} for site, spec in chosen.items()]
+    return Card.from_dict(replace(card, rules=[*card.rules, *rules]).to_dict(), "calibration")
+
+
 @dataclass(frozen=True)
 class CalibrationImages:
-    """Batches (b, 3, S, S) of normalized training images on the device of the module, read anew in every iteration."""
+    """Batches (b, 3, S, S) of normalized images on the device of the module, read anew in every iteration."""
 
     module: QATModule
     datamodule: ImageNetDataModule

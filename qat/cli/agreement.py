@@ -18,8 +18,11 @@ PLACES = frozenset({"root", "images", "val_labels", "workers", "val_batch_size",
 RECIPE_KEYS = ("recipe", "rules", "w_bits", "a_bits")
 
 
-def check_agreement(card: Card, path: Path, given: Mapping[str, Any]) -> None:
-    """Raise QatError when an option that was given contradicts the card of the checkpoint ``path``."""
+def check_agreement(card: Card, path: Path, given: Mapping[str, Any], chosen: int = 0) -> None:
+    """Raise QatError when an option that was given contradicts the card of the checkpoint ``path``.
+
+    Of the rules of the card, the last ``chosen`` are not of the recipe: its calibration has added them.
+    """
     options = dict((given.get("model", None) or {}).items())
     if ":" in str(options.get("arch")):  # a folder or a repository of the hub, which a card describes by timm's name
         named = find_architecture(options["arch"])
@@ -28,7 +31,8 @@ def check_agreement(card: Card, path: Path, given: Mapping[str, Any]) -> None:
         if options.get(key, None) is not None and options[key] != getattr(card, key):
             raise _contradiction(path, f"model.{key}", options[key], getattr(card, key))
     recipe = {key: options[key] for key in RECIPE_KEYS if options.get(key, None) is not None}
-    if recipe and not _same_recipe(recipe, card.rules):
+    tables = (card.rules, card.rules[: max(len(card.rules) - chosen, 0)])  # options may repeat what was added
+    if recipe and not any(_same_recipe(recipe, table) for table in tables):
         raise _contradiction(path, f"the recipe ({recipe})", "given", "another (`qat describe --ckpt` shows it)")
     for group in ("data", "model"):
         for key, value in ((given.get(group, None) or {}).get("preprocessing", None) or {}).items():

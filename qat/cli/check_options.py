@@ -51,6 +51,16 @@ def parse_options(
     return found[0], found[1]
 
 
+def _check_uncalibrated(config: Any) -> None:
+    """Raise QatError where the weights that `qat calibrate` would start from are those of a calibrated model."""
+    for option, path in (("--ckpt", config.ckpt), ("--model.quant_checkpoint", config.model.quant_checkpoint)):
+        if path is not None:
+            raise QatError(
+                f"{option} is {path}, a checkpoint of qat, and qat calibrate starts from float weights: give those as "
+                "--model.checkpoint, or evaluate the checkpoint with `qat validate --ckpt`"
+            )
+
+
 def _check_quantizers(parser: ArgumentParser, rules: Sequence[Any]) -> None:
     """Raise QatError where the rules of a file name quantizers of other packages, which would be imported."""
     for rule in rules:
@@ -89,16 +99,18 @@ def check_constructors(parser: ArgumentParser, config: Any, options: Any) -> Non
 
 
 def check_options(verb: str, config: Any) -> None:
-    """Check the name of a run, and where a verb writes.
+    """Check the name of a run, where a verb writes, and that what is to be calibrated is not calibrated already.
 
     Raises:
-        QatError: a name that is none, a file that cannot be written.
+        QatError: a name that is none, a file that cannot be written, a checkpoint that is calibrated.
     """
     check_name(config.name)
     if config.model.trust:
         raise QatError("model.trust is true: on a command line it is --trust true, for all files together")
-    if verb == "validate":
+    if verb in ("validate", "calibrate"):
         check_folder("--results_file", config.results_file)
+    if verb == "calibrate":
+        _check_uncalibrated(config)
     if verb == "predict":
         if config.output is None:
             raise QatError("qat predict writes a table: give --output predictions.csv")

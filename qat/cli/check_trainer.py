@@ -59,7 +59,7 @@ def check_trainer(trainer: Any, verb: str = "fit", regularizers: Any = None) -> 
 
     Args:
         trainer: the options as they are parsed; callbacks are not built yet.
-        verb: fit, validate or predict.
+        verb: fit, validate, calibrate or predict.
         regularizers: option ``model.regularizers``, whose losses a callback may monitor.
 
     Raises:
@@ -87,8 +87,11 @@ def check_run(trainer: Any, datamodule: Any, verb: str) -> None:
         check_lengths(trainer, datamodule.batches_per_pass(trainer.world_size, passes))
     option = "limit_predict_batches" if verb == "predict" else "limit_val_batches"
     images = datamodule.predict_dataloader if verb == "predict" else datamodule.val_dataloader
-    limit, batches = getattr(trainer, option), ceil(len(images()) / trainer.world_size)
-    if isinstance(limit, float) and 0 < limit < 1 and int(batches * limit) == 0:
+    limit = getattr(trainer, option)
+    if not isinstance(limit, float) or not 0 < limit < 1:
+        return  # a calibration that is not evaluated has no validation images to count
+    batches = ceil(len(images()) / trainer.world_size)
+    if int(batches * limit) == 0:
         raise QatError(f"trainer.{option} is {limit}: of {batches} batches none is left")
 
 
@@ -131,8 +134,9 @@ def _check_length(trainer: Any, verb: str) -> None:
             "trainer.max_epochs is -1 and trainer.max_steps is not set: the schedule of the learning rate needs the "
             "length of the run, also with trainer.max_time; give --trainer.max_steps, or the passes"
         )
-    if verb == "validate" and getattr(trainer, "limit_val_batches", None) == 0:
-        raise QatError("trainer.limit_val_batches is 0: no image would be evaluated, so leave it out")
+    if verb in ("validate", "calibrate") and getattr(trainer, "limit_val_batches", None) == 0:
+        instead = " and say --validate false" if verb == "calibrate" else ""
+        raise QatError(f"trainer.limit_val_batches is 0: no image would be evaluated, so leave it out{instead}")
 
 
 def _check_precision(precision: Any) -> None:

@@ -51,7 +51,7 @@ def run(verb: str, arguments: Sequence[str]) -> Cost:
             quantize(student.model, [])
     total = show_model(student.model, student.card.arch, student.card.preprocessing["size"], config.full)
     if len(files := given_configs(arguments)) == 1 and student.card.rules:
-        follows = "fit" if config.calibration.method is None else "validate"  # a method of its own: without training
+        follows = "fit" if config.calibration.method is None else "calibrate"  # a method of its own: without training
         show(command(follows, config=files[0], data_root=config.data.root or "DIR"))
     return total
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from jsonargparse import ArgumentParser
 
 from qat.cli.options import GROUPS, OF_ALL_VERBS, OF_ONE_VERB, plain_parser
+from qat.cli.wishes import wishes
 from qat.ranges import Range
 
 INDENT, WIDEST = 30, 100  # columns
@@ -28,6 +29,10 @@ EXAMPLES = {
     "validate": (
         "qat validate --ckpt last --data.root DIR",
         "qat validate --config configs/ptq/repq_vit.yaml --data.root DIR",
+    ),
+    "calibrate": (
+        "qat calibrate --config configs/ptq/repq_vit.yaml --data.root DIR",
+        "qat calibrate --config configs/ptq/repq_vit.yaml --data.images PHOTOS",
     ),
     "predict": ("qat predict --ckpt last --data.images PHOTOS --output predictions.csv",),
     "describe": ("qat describe --config configs/deit_t_w4a4.yaml", "qat describe --ckpt last --full true"),
@@ -46,6 +51,12 @@ COMMON: dict[str, dict[str, tuple[str, ...]]] = {  # of each verb: title of a gr
         "files and folders": ("config", "ckpt", "data.root", "results_file", "data.val_batch_size", "data.workers"),
         "a model that is calibrated first, without --ckpt": (*MODEL, "calibration.method", "calibration.images",
                                                              "seed_everything", "name", "runs"),
+    },
+    "calibrate": {
+        "files and folders": ("config", "data.root", "data.images", "validate", "results_file", "name", "runs",
+                              "data.val_batch_size", "data.workers"),
+        "the model": MODEL,
+        "calibration": ("calibration.method", "calibration.images", "calibration.batch_size", "calibration.seed"),
     },
     "predict": {
         "files and folders": ("config", "ckpt", "data.images", "output", "data.val_batch_size", "data.workers"),
@@ -98,6 +109,7 @@ OF_TRAINING = {
 OF_THE_TRAINER = {
     "fit": tuple(TRAINER)[:6],
     "validate": ("trainer.devices", "trainer.precision"),
+    "calibrate": ("trainer.accelerator", "trainer.precision"),
     "predict": ("trainer.precision",),
 }
 
@@ -131,6 +143,8 @@ def print_help(verb: str, summary: str, everything: bool) -> None:
     groups: dict[str, Iterable[str]] = {**COMMON[verb], **(_others(verb, lines) if everything else {})}
     print(f"usage: qat {verb} [options]\n\n{summary[0].upper()}{summary[1:]}.\n")
     print("\n".join(f"  {example}" for example in EXAMPLES[verb]))
+    if verb == "calibrate":
+        print("\nwhich method for which wish:", *wishes(width), sep="\n")
     for title, names in groups.items():
         _print_group(title, (lines[name] for name in names), width)
     if verb in OF_THE_TRAINER:

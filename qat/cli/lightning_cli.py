@@ -1,4 +1,4 @@
-"""`qat fit | validate | predict`: LightningCLI over our module, our data module and our trainer."""
+"""`qat fit | validate | calibrate | predict`: LightningCLI over our module, our data module and our trainer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from qat.callbacks import (
-    Calibrate,
-    ConsoleLog,
-    EndTogether,
-    PlaceModule,
-    ProgressBar,
-    RecordSites,
-)
+from qat.callbacks import Calibrate, ConsoleLog, EndTogether, PlaceModule, ProgressBar, RecordSites
 from qat.callbacks.time_limit import TimeLimit
 from qat.cli.agreement import changes, run_options
 from qat.cli.check_options import check_constructors, check_options, parse_options
@@ -36,13 +29,14 @@ from qat.cli.run_folder import RunFolder
 from qat.cli.run_of_ckpt import find_origin, origin_of, run_name
 from qat.cli.save_config import SaveConfig
 from qat.cli.settle import settle
-from qat.cli.summary import after_training, show
+from qat.cli.summary import after_calibration, after_training, show
 from qat.cli.trainer import TRAINER_DEFAULTS, Trainer
-from qat.cli.words import given_configs
+from qat.cli.words import given_configs, words_of_model
 from qat.data.imagenet import ImageNetDataModule
+from qat.data.splits import has_split
 from qat.errors import QatError
 from qat.runs.checkpoint_io import AtomicCheckpoints
-from qat.runs.folder import LAST, config_name
+from qat.runs.folder import CALIBRATED, LAST, config_name
 from qat.runs.stop import Stopped, deferred, raise_if_told
 from qat.training.module import QATModule
 
@@ -50,6 +44,7 @@ log = logging.getLogger(__name__)
 NOT_OPTIONS = {  # arguments of the trainer's verbs that the command line gives itself
     "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
     "validate": {"model", "datamodule", "ckpt_path", "results_file"},
+    "calibrate": {"model", "datamodule", "results_file"},
     "predict": {"model", "datamodule", "ckpt_path", "output"},
 }
 UNUSED = ".*callbacks used to create the checkpoint.*"  # evaluation needs none of them
@@ -59,7 +54,7 @@ class QatCLI(LightningCLI):
     """One verb: its parser, its checks, and what it builds: ``model``, ``datamodule`` and ``trainer``."""
 
     def __init__(self, verb: str, arguments: Sequence[str]) -> None:
-        self.verb, self.configs = verb, given_configs(arguments)
+        self.verb, self.configs, self.words = verb, given_configs(arguments), words_of_model(arguments)
         self.origin = find_origin(verb, arguments)
         self.trainer: Trainer
         self.folder = RunFolder()
@@ -117,7 +112,7 @@ class QatCLI(LightningCLI):
         if self.origin.goes_on:
             self._run_folder()  # nobody else may be writing there
         settled = settle(self.verb, config, self.given[self.verb], self.origin.ckpt)
-        self.ckpt, self.calibrates = settled.ckpt, settled.calibrates
+        self.ckpt, self.calibrates, self.evaluates = settled.ckpt, settled.calibrates, settled.evaluates
         self.resumed, self.replaced = settled.run, settled.replaced
 
     def instantiate_classes(self) -> None:
@@ -127,7 +122,8 @@ class QatCLI(LightningCLI):
             write_to(self._run_folder(), config[self.verb].trainer.logger)
         self.config_init = instantiate(self.parser, config)
         options = self.config_init[self.verb]
-        self.datamodule = ImageNetDataModule(options.data, options.model.classes)
+        loose = options.data.images if self.verb == "calibrate" else None
+        self.datamodule = ImageNetDataModule(options.data, options.model.classes, loose)
         if self.resumed is not None and self.resumed.data is not None:
             self.datamodule.load_state_dict(self.resumed.data)  # the passes that were made are part of the run's length
         self.trainer = self.instantiate_trainer()  # what is wrong with it shows before weights are read or downloaded
@@ -152,6 +148,7 @@ class QatCLI(LightningCLI):
             self.save_config_callback = None
             kwargs |= {"logger": False, "enable_checkpointing": False}
             callbacks += [RecordSites(self.folder.path)] if self.folder.path else []
+            kwargs |= {} if self.evaluates else {"limit_val_batches": 0}
         kwargs["enable_progress_bar"] = bar
         if self._runs_on_one_device():
             kwargs["devices"] = 1
@@ -178,7 +175,7 @@ class QatCLI(LightningCLI):
     def _runs_on_one_device(self) -> bool:
         """Predictions are one table, and a calibration has one result: they use one device unless told otherwise."""
         told = "devices" in (self.given[self.verb].get("trainer") or {})
-        return not told and (self.verb == "predict" or (self.verb == "validate" and self.calibrates))
+        return not told and (self.verb == "predict" or (self.verb != "fit" and self.calibrates))
 
     def _ordered(self, callbacks: list[Callback]) -> list[Callback]:
         """Calibration comes first, a weight average after everything that still changes weights."""
@@ -221,6 +218,17 @@ class QatCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=UNUSED)
         self.trainer.validate(ckpt_path=self.ckpt, results_file=self.config[self.verb].results_file, **kwargs)
         raise_if_told()
+
+    def calibrate(self, **kwargs: Any) -> None:
+        """Calibrate, evaluate if that is wanted, and name the commands that can follow."""
+        config, root = self.config[self.verb], self.config[self.verb].data.root
+        if not self.evaluates and config.validate is None:
+            log.info("no validation images (data.root is %s), so the calibrated model is not evaluated", root or "null")
+        results = self.trainer.calibrate(results_file=config.results_file, **kwargs)
+        raise_if_told()
+        if self.trainer.is_global_zero:
+            has_val = root is not None and has_split(root, "val")
+            show(*after_calibration(results, self._run_folder() / CALIBRATED, root, has_val, self.words))
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, with a checkpoint if there is one."""

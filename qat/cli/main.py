@@ -33,6 +33,7 @@ TRAINED, TOOLS = "qat.cli.lightning_cli", "qat.cli.tools"
 VERBS = {
     "fit": Verb("train a quantized model, or a float one", TRAINED),
     "validate": Verb("evaluate a checkpoint, or calibrate a model without training and evaluate it", TRAINED),
+    "calibrate": Verb("calibrate a quantized model on a few images, without training", TRAINED),
     "predict": Verb("write the most probable classes of every image in a folder", TRAINED),
     "describe": Verb("show what is quantized, and what it saves; needs no data and no weights", "qat.cli.describe"),
     "make-softlabels": Verb("let a teacher label many crops of every training image", TOOLS),
@@ -48,7 +49,7 @@ verbs:
 
 `qat VERB --help` lists the options of a verb. Start with:
   qat describe --config configs/deit_t_w4a4.yaml"""
-WITH_A_MODEL = ("fit", "validate", "predict", "describe")  # their help is our own
+WITH_A_MODEL = ("fit", "validate", "calibrate", "predict", "describe")  # their help is our own
 HELP = {"-h", "--help", "--help-all", "--trainer.help"}
 GRACE = 3.0  # seconds that another process than the first waits before it prints an error
 

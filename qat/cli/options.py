@@ -40,13 +40,19 @@ OF_ALL_VERBS = {
         "say true only for files that you trust.",
     ),
 }  # fmt: skip
+RESULTS_FILE = Option(
+    Path | None, None,
+    "JSON file to write: top1 and top5 in percent, loss, images, seconds, model, recipe, size_mb, and "
+    "calibration, where there was one. A run that calibrates writes it to its folder in any case.",
+)  # fmt: skip
 OF_ONE_VERB = {
-    "validate": {
-        "results_file": Option(
-            Path | None, None,
-            "JSON file to write: top1 and top5 in percent, loss, images, seconds, model, recipe, size_mb, and "
-            "calibration, where there was one. A run that calibrates writes it to its folder in any case.",
-        )
+    "validate": {"results_file": RESULTS_FILE},
+    "calibrate": {
+        "validate": Option(
+            bool | None, None,
+            "evaluate the calibrated model; when null, where there are validation images in data.root.",
+        ),
+        "results_file": RESULTS_FILE,
     },
     "predict": {
         "output": Option(Path | None, None, "CSV file to write: path, then class and probability, best first.")

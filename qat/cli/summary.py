@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 PHOTOS = "FOLDER"  # stands for images that the user has
+IMAGES = "DIR"  # stands for a folder with train/ and val/
 WORST = 5  # sites that are printed after a validation
+WORST_CALIBRATED = 3  # and after a calibration, which has more to say
+EVALUATED = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images in {seconds:.1f} s"
+SIZE = "{recipe}; {size_mb:.2f} MB with weights packed at their width (float32: {float_size_mb:.2f} MB)"
 
 
 def show(*lines: str) -> None:
@@ -19,9 +23,16 @@ def show(*lines: str) -> None:
         Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def command(verb: str, **options: object) -> str:
-    """A line that names the next command; options that are None are left out, and ``data_root`` means data.root."""
-    words = [f"--{name.replace('data_', 'data.').replace('model_', 'model.')} {shlex.quote(str(value))}"
+def command(verb: str, *before: str, **options: object) -> str:
+    """A line that names the next command.
+
+    Args:
+        verb: of the command.
+        before: words that come before the options.
+        options: those that are None are left out, and ``data_root`` means data.root.
+    """
+    words = [shlex.quote(word) for word in before]
+    words += [f"--{name.replace('data_', 'data.').replace('model_', 'model.')} {shlex.quote(str(value))}"
              for name, value in options.items() if value is not None]  # fmt: skip
     return f"next: qat {verb} {' '.join(words)}"
 
@@ -56,15 +67,55 @@ def after_validation(results: Mapping[str, Any], ckpt: Path | None, calibrated: 
         ckpt: the checkpoint that was evaluated, if it was one.
         calibrated: the checkpoint of a calibration that came before, if there was one.
     """
-    line = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images in {seconds:.1f} s"
-    yield line.format(**results)
+    yield EVALUATED.format(**results)
     if results["recipe"] != "float":
-        line = "{recipe}; {size_mb:.2f} MB with weights packed at their width (float32: {float_size_mb:.2f} MB)"
-        yield line.format(**results)
-    errors = results["calibration"].get("snr_db", {})
-    if worst := sorted(errors, key=errors.__getitem__)[:WORST]:
-        yield "most error (signal to noise): " + ", ".join(f"{site} {errors[site]:.1f} dB" for site in worst)
+        yield SIZE.format(**results)
+    yield from _worst_sites(results["calibration"], WORST)
     if calibrated is not None:
         yield f"checkpoint: {calibrated}"
     if (file := calibrated or ckpt) is not None:
         yield command("predict", ckpt=file, data_images=PHOTOS, output="predictions.csv")
+
+
+def after_calibration(
+    results: Mapping[str, Any], ckpt: Path, root: Path | None, has_val: bool, model: Sequence[str]
+) -> Iterator[str]:
+    """What a calibration has found, a line for each thing.
+
+    Args:
+        results: what the results file holds.
+        ckpt: the checkpoint of the calibration.
+        root: folder of training images, where it is known.
+        has_val: it has validation images too.
+        model: the words of the command that describe the model.
+    """
+    calibration = results["calibration"]
+    how = "calibrated by {} on {images} images in {seconds:.1f} s, peak memory {peak_memory_mb} MB"
+    yield how.format(calibration["method"].partition("(")[0], **calibration)
+    yield SIZE.format(**results)
+    for spec, sites in _by_spec(calibration.get("chosen", {})).items():
+        yield f"chosen: {spec} at {', '.join(sites)}"
+    yield from _worst_sites(calibration, WORST_CALIBRATED)
+    if "top1" in results:
+        yield EVALUATED.format(**results)
+    yield f"checkpoint: {ckpt}"
+    if "top1" in results:
+        yield command("predict", ckpt=ckpt, data_images=PHOTOS, output="predictions.csv")
+    else:
+        yield command("validate", ckpt=ckpt, data_root=root if has_val else IMAGES)
+    yield command("fit", *model, model_quant_checkpoint=ckpt, data_root=root if root and has_val else IMAGES)
+
+
+def _worst_sites(calibration: Mapping[str, Any], count: int) -> Iterator[str]:
+    errors = calibration.get("snr_db", {})
+    if worst := sorted(errors, key=errors.__getitem__)[:count]:
+        yield "most error (signal to noise): " + ", ".join(f"{site} {errors[site]:.1f} dB" for site in worst)
+
+
+def _by_spec(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The sites that have got the same quantizer, by what it is called."""
+    found: dict[str, list[str]] = {}
+    for site, spec in chosen.items():
+        options = ", ".join(f"{name}={value}" for name, value in spec["init_args"].items())
+        found.setdefault(f"{spec['class_path']}({options})", []).append(site)
+    return found

@@ -8,12 +8,13 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 
-from qat.callbacks import Calibrate, WritePredictions
+from qat.callbacks import Calibrate, RecordSites, WritePredictions
 from qat.cli.check_paths import check_folder
 from qat.cli.summary import after_validation, show
 from qat.errors import QatError
@@ -30,6 +31,7 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,  # `qat describe` says more
 }
 RESULTS = "results.json"  # of a run that calibrates
+C = TypeVar("C", bound=Callback)
 
 
 class Trainer(L.Trainer):
@@ -67,22 +69,57 @@ class Trainer(L.Trainer):
                 and calibration, where there was one. A run that calibrates writes it to its folder in any case.
         """
         check_folder("--results_file", results_file)
-        started = time.perf_counter()
-        (metrics,) = super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        _raise_unless_finite(metrics["val/loss"], model)
-        calibrators = [c for c in self.callbacks if isinstance(c, Calibrate)]  # type: ignore[attr-defined]
-        seconds = time.perf_counter() - started - sum(callback.seconds for callback in calibrators)
-        results = {key: metrics[f"val/{key}"] for key in ("top1", "top5", "loss")}
-        results |= {"images": round(metrics["val/images"]), "seconds": round(seconds, 2), **_about(model)}
+        results = self._evaluate(model, datamodule, ckpt_path)
         if self.is_global_zero:
-            folders = [callback.folder / RESULTS for callback in calibrators if callback.folder is not None]
-            calibrated = next((folder.with_name(CALIBRATED) for folder in folders), None)
+            calibrated = next((folder / CALIBRATED for folder in self._calibration_folders()), None)
             show(*after_validation(results, ckpt_path, calibrated))
-            for file in [*folders, results_file]:
-                if file is not None:
-                    with replacing(file) as opened:
-                        opened.write(json.dumps(results, indent=2) + "\n")
+        self._write(results, results_file)
         return results
+
+    def calibrate(
+        self, model: QATModule, datamodule: Any = None, results_file: Path | None = None
+    ) -> Mapping[str, Any]:
+        """Calibrate a model, and evaluate it on the validation images unless ``limit_val_batches`` is 0.
+
+        Calibration is the work of the callback `Calibrate`, in the setup of an evaluation.
+
+        Args:
+            model: what to calibrate.
+            datamodule: where the images come from.
+            results_file: as of `validate`; top1, top5, loss, images and seconds are there after an evaluation only.
+        """
+        check_folder("--results_file", results_file)
+        results = self._evaluate(model, datamodule, None)
+        if "top1" not in results:  # no evaluation has started, which writes the table
+            for callback in self._of(RecordSites):
+                callback.on_fit_start(self, model)
+        self._write(results, results_file)
+        return results
+
+    def _evaluate(self, model: QATModule, datamodule: Any, ckpt_path: Path | None) -> dict[str, Any]:
+        """Run all that the callbacks do, and the evaluation if there is one; return what is known then."""
+        started, results = time.perf_counter(), dict[str, Any]()
+        for metrics in super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False):
+            _raise_unless_finite(metrics["val/loss"], model)
+            seconds = time.perf_counter() - started - sum(callback.seconds for callback in self._of(Calibrate))
+            results = {key: metrics[f"val/{key}"] for key in ("top1", "top5", "loss")}
+            results |= {"images": round(metrics["val/images"]), "seconds": round(seconds, 2)}
+        return results | _about(model)
+
+    def _write(self, results: Mapping[str, Any], results_file: Path | None) -> None:
+        """Write results to the folder of a calibration, and to a file of the user's."""
+        files = [*(folder / RESULTS for folder in self._calibration_folders()), results_file]
+        for file in files if self.is_global_zero else []:
+            if file is not None:
+                with replacing(file) as opened:
+                    opened.write(json.dumps(results, indent=2) + "\n")
+
+    def _calibration_folders(self) -> list[Path]:
+        return [callback.folder for callback in self._of(Calibrate) if callback.folder is not None]
+
+    def _of(self, kind: type[C]) -> list[C]:
+        """The callbacks of a class."""
+        return [callback for callback in self.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
     def predict(  # type: ignore[override]
         self, model: QATModule, datamodule: Any = None, ckpt_path: Path | None = None, output: Path | None = None

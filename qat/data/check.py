@@ -9,32 +9,39 @@ from typing import Any
 
 from qat.data.classes import Classes, Tree
 from qat.data.decode import decode, reason
-from qat.data.folder import are_numbers, find_loose_images, wnids
+from qat.data.folder import are_numbers, wnids
 from qat.data.source import Source
+from qat.data.splits import loose_source
 from qat.errors import QatError
 
 log = logging.getLogger(__name__)
 
 
-def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: bool) -> None:
+def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: bool, evaluates: bool = True) -> None:
     """Check the images and the soft labels that ``verb`` reads; set ``num_classes`` and ``classes`` of ``model``.
 
     Args:
-        verb: fit, validate or predict.
+        verb: fit, validate, calibrate or predict.
         model: options of the module, of which num_classes, classes, teacher and what gives its weights are used.
         data: options of the data module.
         ckpt: checkpoint that the model comes from.
-        calibrates: whether the run calibrates, which needs training images for every verb.
+        calibrates: whether the run calibrates, which needs training images, or for `qat calibrate` any images.
+        evaluates: whether a calibration is followed by an evaluation.
 
     Raises:
         QatError: images are missing, cannot be read, or do not fit the model, the checkpoint or the soft labels.
     """
-    if verb == "predict" and data.images is not None:
-        _check_loose(Path(data.images), data.root, calibrates)
-        if data.root is None:
-            return
+    loose = data.images is not None and verb in ("predict", "calibrate")
+    if loose:
+        check_readable(loose_source(Path(data.images)))
+    _check_root(verb, data.root, loose, calibrates)
+    if data.root is None and loose and not (verb == "calibrate" and evaluates):
+        return
     tree = Tree.of(data)
-    used = {"train": verb == "fit" or calibrates, "val": verb != "predict" or data.images is None}
+    used = {
+        "train": verb == "fit" or (calibrates and not (verb == "calibrate" and loose)),
+        "val": evaluates and not (verb == "predict" and loose),
+    }
     sources = [tree.source(split) for split in used if used[split]]
     classes = tree.number((ckpt is not None and model.classes) or _numbers(model.num_classes, tree))
     for source in sources:
@@ -49,11 +56,14 @@ def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: 
         _check_softlabels(model, data, tree.source("train"), classes)
 
 
-def _check_loose(images: Path, root: Path | None, calibrates: bool) -> None:
-    """QatError for images to predict of which none can be read, or for a calibration without training images."""
-    check_readable(Source(images, find_loose_images(images)))
-    if calibrates and root is None:
+def _check_root(verb: str, root: Path | None, loose: bool, calibrates: bool) -> None:
+    """QatError for a calibration without images."""
+    if root is None and verb == "predict" and loose and calibrates:
         raise QatError("data.root is not set: a model without --ckpt is calibrated on root/train")
+    if root is None and verb == "calibrate" and not loose:
+        raise QatError(
+            "data.root is not set: give the folder with train/<class>/*.JPEG, or any images as --data.images FOLDER"
+        )
 
 
 def check_readable(source: Source) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qat.data.batch_size import DEFAULT_BATCH_SIZE, split_global_batch
+from qat.data.calibration import calibration_loader
 from qat.data.check import cores
 from qat.data.classes import Classes, Tree
 from qat.data.crops import CropDistribution
-from qat.data.folder import find_loose_images
 from qat.data.images import Batch, CropView, EvalView, Images, View, load
 from qat.data.listing import LIST, with_list
 from qat.data.options import DataOptions
@@ -25,11 +26,10 @@ from qat.data.order import ResumableBatchSampler, batches_done, batches_per_pass
 from qat.data.softlabels.reader import SoftLabels
 from qat.data.softlabels.replay import ReplayView
 from qat.data.source import Source
-from qat.data.streams import rng_for
+from qat.data.splits import loose_source
 from qat.data.unreadable import UnreadableImages
 from qat.errors import QatError
 from qat.preprocessing import Preprocessing
-from qat.ranges import Range, Seed, checked
 
 __all__ = ["Batch", "ImageNetDataModule"]
 log = logging.getLogger(__name__)
@@ -43,15 +43,18 @@ class ImageNetDataModule(L.LightningDataModule):
     Args:
         options: the options.
         classes: those of the model in the order of their labels, where they are known, as from a checkpoint.
+        calibration_folder: folder of images to calibrate on in place of the training images; labels are not needed.
 
     Attributes:
         batch_size: training crops per process and forward pass. With ``global_batch_size`` it depends on the number of
             processes, which `plan_batches` or `setup` learns; before that it is the value for one process.
     """
 
-    def __init__(self, options: DataOptions, classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, options: DataOptions, classes: Sequence[str] | None = None, calibration_folder: Path | None = None
+    ) -> None:
         super().__init__()
-        self.options, self._known = options, tuple(classes or ())
+        self.options, self._known, self._calibration_folder = options, tuple(classes or ()), calibration_folder
         self.workers = min(cores(), 8) if options.workers is None else options.workers
         self.seed = options.seed or 0
         self.crop_distribution = CropDistribution(**options.given_crop_options)
@@ -137,6 +140,8 @@ class ImageNetDataModule(L.LightningDataModule):
         if stage == "predict":
             self._prediction_source()
             return
+        if stage == "validate" and getattr(self.trainer, "limit_val_batches", 1) == 0:
+            return  # a calibration that is not evaluated
         if stage == "fit":
             self._trained()
         self._classes.of(self.tree.source("val"))
@@ -163,6 +168,8 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The pass, its finished batches and what their order depends on, to resume in the middle of a pass."""
+        if self._calibration_folder is not None:
+            return {}  # there may be no training images, and nothing is trained that could resume
         assert self.trainer is not None
         loop = self.trainer.fit_loop
         passes, batches = (
@@ -193,32 +200,17 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Every image to predict once, in order, spread over the ranks; all labels are -1."""
-        upright = self.options.exif_orientation is not False
-        return self._evaluation(
-            Images(self._prediction_source(), None, EvalView(self._preprocessing()), upright=upright)
-        )
+        return self._evaluation(self._unlabelled(self._prediction_source()))
 
-    @checked
-    def calibration_batches(
-        self, images: Annotated[int, Range(1)], batch_size: Annotated[int, Range(1)], seed: Seed
-    ) -> Iterator[Tensor]:
-        """Batches uint8 (b, 3, S, S) of a random subset of the training images, in the evaluation transform.
-
-        Args:
-            images: size of the subset; which ones depends on the seed alone, so every rank gets the same.
-            batch_size: b.
-            seed: of the subset.
-
-        Raises:
-            QatError: there are fewer training images.
-        """
-        source = self._split("train", EvalView(self._preprocessing()), TRIES[self.options.on_bad_image])
-        if images > (most := len(source)):
-            raise QatError(f"calibration.images is {images}: {source.source.place} has {most}, choose 1..{most}")
-        chosen = rng_for(seed, 0, 0).permutation(len(source))[:images]
-        batches = ResumableBatchSampler(chosen, batch_size)
-        found = load(source, self.workers, batch_sampler=batches)
-        return (self.unreadable.report_training(batch).images for batch in found)
+    def calibration_batches(self, images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+        """Batches uint8 (b, 3, S, S) of the evaluation transform, of images that `calibration_loader` chooses."""
+        tries, folder = TRIES[self.options.on_bad_image], self._calibration_folder
+        if folder is None:
+            source = self._split("train", EvalView(self._preprocessing()), tries)
+        else:
+            source = self._unlabelled(loose_source(folder), tries)
+        batches = calibration_loader(source, images, batch_size, seed, self.workers)
+        return (self.unreadable.report_training(batch).images for batch in batches)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Report unreadable images in the main process: QatError, or a warning with ``on_bad_image: skip``."""
@@ -228,6 +220,10 @@ class ImageNetDataModule(L.LightningDataModule):
     def _split(self, name: str, view: View, tries: int = 1, chosen: npt.NDArray[np.int64] | None = None) -> Images:
         source = self.tree.source(name)
         return Images(source, self._classes.of(source), view, tries, chosen, bool(self.options.exif_orientation))
+
+    def _unlabelled(self, source: Source, tries: int = 1) -> Images:
+        upright = self.options.exif_orientation is not False
+        return Images(source, None, EvalView(self._preprocessing()), tries, upright=upright)
 
     def _evaluation(self, images: Images) -> DataLoader[Batch]:
         rank, world_size = self._rank()
@@ -249,4 +245,4 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def _prediction_source(self) -> Source:
         images = self.options.images
-        return self.tree.source("val") if images is None else Source(images, find_loose_images(images))
+        return self.tree.source("val") if images is None else loose_source(images)

@@ -27,7 +27,8 @@ class DataOptions:
             val.txt, when not given.
         class_map: file with the label of every class folder: one class per line in the format of timm, .csv or .json.
         classes: what some folders of ImageNet are: auto, classes among all 1,000; folders, all classes of the model.
-        images: folder of images to predict, searched recursively; root/val when not given.
+        images: folder of images, searched recursively, to predict, or for qat calibrate to calibrate on, with any
+            names and without labels; root/val, or root/train, when not given.
         global_batch_size: crops per optimizer step over all processes. It equals processes x batch_size x
             trainer.accumulate_grad_batches, of which the one that is not given is computed.
         batch_size: crops per process and forward pass, a multiple of crops_per_image. When not given, the share of

@@ -87,9 +87,14 @@ def find_source(root: Path, split: str, label_file: Path | None = None) -> Sourc
         return _labelled(source, label_file) if label_file or is_flat else source
     check_split(place)
     if label_file or (split == "val" and layout == "flat"):
-        return _labelled(Source(place, find_loose_images(place)), label_file)
+        return _labelled(loose_source(place), label_file)
     names = find_images(place)
     return Source(place, names, _first_parts(names))
+
+
+def loose_source(folder: Path) -> Source:
+    """All images below a folder, without classes; QatError if there is none."""
+    return Source(folder, find_loose_images(folder))
 
 
 def _check_root(root: Path) -> None:

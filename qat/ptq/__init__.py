@@ -4,14 +4,52 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from qat.ptq.apq_vit import APQViT, BlockSearch
 from qat.ptq.base import PTQMethod
+from qat.ptq.choose_softmax import ChooseSoftmax
+from qat.ptq.fold_norms import FoldNorms
+from qat.ptq.frontier import Frontier
+from qat.ptq.full_range import FullRange
+from qat.ptq.hessian_search import HessianSearch
 from qat.ptq.init_steps import InitSteps
 from qat.ptq.observe import Observe
 from qat.ptq.output_search import OutputSearch
-from qat.ptq.repq_vit import RepQViT
+from qat.ptq.ptq4vit import PTQ4ViT
+from qat.ptq.repq_vit import Percentiles, RepQViT
+from qat.ptq.rotate_heads import RotateHeads
 from qat.ptq.site_errors import site_errors
+from qat.ptq.step import Stage, Step
+from qat.ptq.steps import Preset, Steps
+from qat.ptq.tensor_search import TensorSearch
+from qat.ptq.weight_correction import GPTQ, BiasCorrection, Ridge
 
-__all__ = ["InitSteps", "Observe", "OutputSearch", "PTQMethod", "RepQViT", "calibrate", "site_errors"]
+__all__ = [
+    "GPTQ",
+    "APQViT",
+    "BiasCorrection",
+    "BlockSearch",
+    "ChooseSoftmax",
+    "FoldNorms",
+    "Frontier",
+    "FullRange",
+    "HessianSearch",
+    "InitSteps",
+    "Observe",
+    "OutputSearch",
+    "PTQ4ViT",
+    "PTQMethod",
+    "Percentiles",
+    "Preset",
+    "RepQViT",
+    "Ridge",
+    "RotateHeads",
+    "Stage",
+    "Step",
+    "Steps",
+    "TensorSearch",
+    "calibrate",
+    "site_errors",
+]
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], method: PTQMethod | None = None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +21,34 @@ Receive = Callable[[str, Tensor], None]  # name of a site, its input as rows (G,
 
 
 class PTQMethod(ABC):
-    """Fills the parameters of quantizers, and may improve a model that is calibrated; it changes values, not structure.
+    """Fills the parameters of quantizers, and may improve a model that is calibrated.
+
+    It changes values; where it puts another quantizer in place of one of the recipe, it says so in ``chosen``.
 
     Attributes:
         single_device: it runs on one device; False where every rank comes to the same values.
         changes_weights: it changes other parameters or buffers than those of quantizers too.
         needs_gradients: `calibrate` runs with gradients enabled.
+        chosen: after a call, the specs, as plain data, that it has put in place of those of the recipe, by site.
+        report: after a call, what else there is to tell, as plain data.
     """
 
     # Without an annotation: as ClassVar, they would end jsonargparse's checks of the options of a subclass.
     single_device = True
     changes_weights = False
     needs_gradients = False
+    chosen = cast(dict[str, dict[str, Any]], MappingProxyType({}))
+    report = cast(dict[str, Any], MappingProxyType({}))
 
     def __call__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Calibrate ``model``, in place, on normalized images (B, 3, S, S) on its device.
 
         Modes, ``requires_grad``, gradients and switches are put back. When it is interrupted, so are the values.
         """
+        self.chosen, self.report = {}, {}
         with (
             undisturbed(model),
+            sites_restored_on_error(model),
             values_restored_on_error(model, self.changes_weights),
             torch.set_grad_enabled(self.needs_gradients),
         ):
@@ -72,6 +82,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
         for quantizer, before in enabled:
             quantizer.enabled = before
+
+
+@contextmanager
+def sites_restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Put back, when the block fails, the quantizers themselves."""
+    before = dict(quantizers(model))
+    try:
+        yield
+    except BaseException:
+        for name, quantizer in before.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantizer)
+        raise
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Calibration in the order of the network: every site sees inputs that the sites before it have quantized.
+"""Calibration in the order of the network: every site of a unit sees inputs that the sites before it have quantized.
 
 Shapes: G groups that share a step, n values in a group.
 """
@@ -6,18 +6,15 @@ Shapes: G groups that share a step, n values in a group.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qat.errors import QatError
-from qat.progress import Progress
 from qat.quantizers import Quantizer
-from qat.sites.family import Unit, family_of
+from qat.sites.family import Unit
 from qat.sites.hooks import watching
-from qat.sites.insert import quantizers
 
 CalibrateSite = Callable[[str, Quantizer, Tensor], None]  # name, quantizer, samples (G, n)
 
@@ -28,42 +25,31 @@ class Reached(Exception):
 
 @torch.no_grad()
 def calibrate_in_order(
-    model: nn.Module, batches: Iterable[Tensor], calibrate_site: CalibrateSite, wanted: Iterable[str]
+    unit: Unit, tensors: Sequence[Tensor], sites: Mapping[str, Quantizer], calibrate_site: CalibrateSite
 ) -> None:
-    """Calibrate activation sites one after the other and switch each on as soon as it is calibrated.
+    """Calibrate activation sites of a unit one after the other and switch each on as soon as it is calibrated.
 
-    The model is walked unit by unit; only the inputs of one unit, and the tensor of one site, are kept for all batches,
-    so a unit is run again, up to the site, for each of its sites. A site that a unit visits more than once is
-    calibrated on the tensors of all visits; wanted sites between two visits are still off then.
+    Only the tensor of one site is kept for all batches, so the unit is run again, up to the site, for each of its
+    sites. A site that a unit visits more than once is calibrated on the tensors of all visits; sites between two visits
+    are still off then.
 
     Args:
-        model: in evaluation mode; the weights that are to be quantized are calibrated.
-        batches: normalized images (B, 3, S, S).
-        calibrate_site: called once for every wanted site, with all values of its tensor.
-        wanted: names of activation sites, which are switched off first. Other sites are left as they are.
-
-    Raises:
-        QatError: no unit reaches a wanted site.
+        unit: in evaluation mode; the weights that are to be quantized are calibrated.
+        tensors: what reaches the unit (B, ...).
+        sites: those of the unit that are to be calibrated, which are switched off first; others are left as they are.
+        calibrate_site: called once for every site, with all values of its tensor.
     """
-    waiting = set(wanted)
-    sites = {name: quantizer for name, quantizer in quantizers(model) if name in waiting}
+    if not sites:
+        return
     for quantizer in sites.values():
         quantizer.enabled = False
-    tensors = list(batches)
-    with Progress("activation sites", len(sites)) as progress:
-        for unit in family_of(model).units(model):
-            for name, visits in _visits(unit, tensors[0], sites).items():
-                quantizer = sites[name]
-                calibrate_site(name, quantizer, _inputs(unit, tensors, name, quantizer, visits))
-                quantizer.enabled = True
-                waiting.discard(name)
-                progress.advance(1)
-            tensors = [unit.run(x) for x in tensors]
-    if waiting:
-        raise QatError(f"no calibration image reached {min(waiting)!r}, or its model does not say in which unit it is")
+    for name, visits in _visits(unit, tensors[0], sites).items():
+        quantizer = sites[name]
+        calibrate_site(name, quantizer, _inputs(unit, tensors, name, quantizer, visits))
+        quantizer.enabled = True
 
 
-def _visits(unit: Unit, x: Tensor, sites: dict[str, Quantizer]) -> Counter[str]:
+def _visits(unit: Unit, x: Tensor, sites: Mapping[str, Quantizer]) -> Counter[str]:
     """How often a unit reaches each site, in the order in which it first reaches them, measured on one image."""
     seen: Counter[str] = Counter()
     with watching(sites, before=lambda name, _: seen.update([name])):
@@ -71,7 +57,7 @@ def _visits(unit: Unit, x: Tensor, sites: dict[str, Quantizer]) -> Counter[str]:
     return seen
 
 
-def _inputs(unit: Unit, tensors: list[Tensor], name: str, quantizer: Quantizer, visits: int) -> Tensor:
+def _inputs(unit: Unit, tensors: Sequence[Tensor], name: str, quantizer: Quantizer, visits: int) -> Tensor:
     """The inputs of one site (G, n), over all batches and all visits of a batch."""
     rows: list[Tensor] = []
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.sites.family import NormLink
+from qat.quantizers import Quantizer
+from qat.sites.family import NormLink, Unit
 from qat.sites.insert import quantizers, switched_off
 
 TOLERANCE = 1e-4  # relative; the rewrite is exact but for rounding in float32
@@ -54,6 +55,25 @@ def same_function(model: nn.Module, images: Tensor) -> Iterator[None]:
             f"a rewrite of LayerNorms changed the float model: its logits by {change:.1e} of their norm, allowed are "
             f"{TOLERANCE:.0e}: something else reads a LayerNorm of this model (padded windows do), so choose a method "
             "that rewrites none"
+        )
+
+
+@contextmanager
+def unit_unchanged(unit: Unit, x: Tensor, off: Iterable[Quantizer]) -> Iterator[None]:
+    """Check that a part of the float model computes the same before and after the block.
+
+    Raises:
+        QatError: its output for ``x`` has changed by more than `TOLERANCE`, relative to its norm.
+    """
+    off = list(off)
+    with switched_off(off):
+        before = unit.run(x)
+        yield
+        change = float((unit.run(x) - before).norm() / before.norm())
+    if not change <= TOLERANCE:
+        raise QatError(
+            f"a rewrite changed what {unit.name} of the float model computes, by {change:.1e} of its norm, allowed are "
+            f"{TOLERANCE:.0e}: leave the rewrites out of the calibration"
         )
 
 

@@ -1,33 +1,32 @@
-"""Ranges of the two operands of a matrix product that leave the least error in its output.
+"""Parameters of the two operands of a matrix product that leave the least error in its output.
 
-The product is Z = X M^T, per matrix of a batch. While candidates for X are tried, M stays as it is quantized now, q(M),
-and the target Y is the product in the float model. With D = q(X) - X and R = X q(M)^T - Y, the error of every row is
+The product is Z = X M^T, per matrix of a batch. While points for X are tried, M stays as it is quantized now, q(M),
+and the target Y is the product before either is quantized. With D = q(X) - X and R = X q(M)^T - Y, the error of every
+row is
 
     |D q(M)^T + R|^2   =   (D G + 2 L) * D summed,  + |R|^2,        G = q(M)^T q(M),   L = R q(M)
 
-The form that takes less work is used: the second needs M only once, for any number of candidates. Neither takes a
+The form that takes less work is used: the second needs M only once, for any number of points. Neither takes a
 difference of large numbers, because D and R are deviations.
-Shapes: K candidates, n rows of X, O rows of M, I columns of both, G groups that share a step.
+Shapes: K points, n rows of X, O rows of M, I columns of both, G groups that share a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from qat.ptq.search import BLOCK, OTHER_BLOCK, Ranges, percentiles, shrunk
-from qat.quantizers import Layout, Quantizer, Spec
-from qat.quantizers.spec import Table
+from qat.ptq.fpcs import LEVELS, Errors, best_parameters
+from qat.ptq.search import BLOCK, OTHER_BLOCK
+from qat.quantizers import Layout, Quantizer
+from qat.quantizers.space import Space, Table
 
-CANDIDATES = 128
-SHIFTS = 16  # the most candidates of one width
-INNER = 0.9  # the narrowest movable range lies between the quantiles 1 - INNER and INNER
-NARROWEST = 2**-6  # the narrowest range that cannot move, as a part of the full one
+NEXT = 2  # refinements in the second round and later, which look around the best points of the round before
+QUICK = 16  # the first decisions are made on every sixteenth row of a layer's input, and on a quarter as few matrices
 
 Map = Callable[[Tensor], Tensor]
 
@@ -38,39 +37,56 @@ class Operand:
 
     Args:
         site: what quantizes it, or a `FloatSite`.
-        tensors: what reaches the site in the float model; more than one where its matrices differ in shape.
+        tensors: what reaches the site; more than one where its matrices differ in shape.
         matrix: from the shape of such a tensor, perhaps with axes before its own, to (..., n, I).
         axis: the axis of a tensor whose slices have different rows; None where every slice has a part of every row.
-        table: candidates (K, G) for the parameters of the site; None where nothing is tried.
+        space: what is tried for the parameters of the site; None where nothing is.
+        points: the best ones of an earlier search, around which the next one looks.
+        roots: for each tensor, the square root of how much each row counts (n, 1); None where all rows count alike.
     """
 
     site: nn.Module
     tensors: Sequence[Tensor]
     matrix: Map
     axis: int | None
-    table: Table | None = None
+    space: Space | None = None
+    points: Table | None = None
+    roots: Sequence[Tensor] | None = None
+
+    def seen(self, i: int, x: Tensor) -> Tensor:
+        """A tensor of the shape of the i-th one as a matrix (..., n, I), its rows scaled by their roots."""
+        return self.matrix(x) if self.roots is None else self.matrix(x) * self.roots[i]
+
+    def matrices(self) -> list[Tensor]:
+        """X, (..., n, I), of each tensor."""
+        return [self.seen(i, x) for i, x in enumerate(self.tensors)]
 
     def values(self) -> list[Tensor]:
         """q(X), (..., n, I), of each tensor."""
-        return [self.matrix(self.site(x)) for x in self.tensors]
+        return [self.seen(i, self.site(x)) for i, x in enumerate(self.tensors)]
+
+    def part(self, stride: int, rows: int) -> Operand:
+        """Every ``stride``-th sample of the tensors, each of which gives a number of rows."""
+        roots = self.roots and [x.unflatten(0, (-1, rows))[::stride].flatten(0, 1) for x in self.roots]
+        return Operand(self.site, [x[::stride] for x in self.tensors], self.matrix, self.axis, roots=roots)
 
 
 @dataclass
 class ProductSearch:
-    """A product; its target Y (..., n, O) is the product of the float operands.
+    """A product; its target Y (..., n, O) is the product of the operands before they are quantized.
 
     Args:
         left, right: X and M, with as many tensors each.
-        rows: rows on which candidates for X are compared, where X is a single matrix; M is compared on all rows.
+        levels: refinements of the grid of points.
     """
 
     left: Operand
     right: Operand
-    rows: int
+    levels: int = LEVELS
 
     def __post_init__(self) -> None:
-        pairs = zip(self.left.tensors, self.right.tensors, strict=True)
-        self.targets = [self.left.matrix(x) @ self.right.matrix(m).mT for x, m in pairs]
+        pairs = zip(self.left.matrices(), self.right.matrices(), strict=True)
+        self.targets = [x @ m.mT for x, m in pairs]
 
     @torch.no_grad()
     def error(self) -> float:
@@ -83,9 +99,10 @@ class ProductSearch:
     def search_(self, rounds: int) -> None:
         """Improve one operand after the other, until nothing changes; the error of the product never grows."""
         best, kept = self.error(), self._parameters()
-        for _ in range(rounds):
-            improve_(self.right, self.left.values(), [target.mT for target in self.targets])
-            changed = improve_(*self._left())
+        for turn in range(rounds):
+            levels = min(self.levels, NEXT) if turn else self.levels
+            improve_(self.right, self.left.values(), [target.mT for target in self.targets], levels)
+            changed = improve_(self.left, self.right.values(), self.targets, levels)
             error = self.error()
             if not error < best:
                 self._restore(kept)
@@ -93,19 +110,6 @@ class ProductSearch:
             best, kept = error, self._parameters()
             if not changed:  # the right operand would be compared with the same left one again
                 return
-
-    def _left(self) -> tuple[Operand, list[Tensor], list[Tensor]]:
-        """The left operand, on about ``rows`` rows; the values of the right one; the targets of these rows."""
-        thinned = [self._thinned(x, target) for x, target in zip(self.left.tensors, self.targets, strict=True)]
-        operand = replace(self.left, tensors=[x for x, _ in thinned])
-        return operand, self.right.values(), [target for _, target in thinned]
-
-    def _thinned(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Evenly spaced samples of a tensor, and the rows of the target that they give."""
-        stride = len(target) // self.rows if target.ndim == 2 else 1
-        if stride <= 1 or len(x) <= 1:
-            return x, target
-        return x[::stride], target.unflatten(0, (len(x), -1))[::stride].flatten(0, 1)
 
     def _parameters(self) -> list[Tensor]:
         return [tensor.clone() for site in (self.left.site, self.right.site) for tensor in _tensors(site)]
@@ -120,72 +124,78 @@ def _tensors(site: nn.Module) -> list[Tensor]:
     return [*site.parameters(), *site.buffers()]
 
 
-def searchable(site: nn.Module) -> bool:
-    """Whether the site has a range that determines all of its parameters."""
-    return isinstance(site, Quantizer) and site.ranged and not site.refines
-
-
-def candidate_table(quantizer: Quantizer, samples: Tensor) -> Table:
-    """Candidates (K, G) for the parameters of a quantizer, from samples (G, n), by way of `candidate_ranges`."""
-    return quantizer.from_range(*candidate_ranges(quantizer.spec, samples))
-
-
-def candidate_ranges(spec: Spec, samples: Tensor) -> Ranges:
-    """Low and high (K, G) from samples (G, n).
-
-    Where the zero point can move, the widths grow evenly from the range between the quantiles 1 - `INNER` and `INNER`
-    to the full range, and each is shifted by whole steps. Otherwise the full range shrinks by a constant ratio down to
-    `NARROWEST`, so that a tensor with far outliers has as many useful candidates as one without.
-    """
-    low, high = samples.amin(1), samples.amax(1)
-    if not spec.movable:
-        return shrunk(low, high, torch.logspace(0, 1, CANDIDATES, base=NARROWEST).tolist())
-    shifts = min(SHIFTS, 2**spec.width)
-    shares = torch.linspace(0, 1, CANDIDATES // shifts, device=low.device)[:, None]
-    inner = percentiles(samples, (INNER,))
-    low, high = torch.lerp(inner[0], low, shares), torch.lerp(inner[1], high, shares)  # (widths, G)
-    shift = torch.arange(shifts, device=low.device) - shifts // 2
-    moved = (high - low)[:, None] / (2**spec.width - 1) * shift[:, None]  # (widths, shifts, G)
-    return (low[:, None] + moved).flatten(0, 1), (high[:, None] + moved).flatten(0, 1)
-
-
 @torch.no_grad()
-def improve_(operand: Operand, others: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
-    """Give every group the candidate with the least error, where that is less than its present error.
+def improve_(operand: Operand, others: Sequence[Tensor], targets: Sequence[Tensor], levels: int = LEVELS) -> bool:
+    """Give every group the point with the least error, where that is less than its present error.
 
-    Groups whose errors cannot be told apart (a row sums over the channels of an input) take the same candidate.
+    Groups whose errors cannot be told apart (a row sums over the channels of an input) take the same point.
 
     Args:
         operand: X.
         others: q(M), (..., O, I), for each tensor of the operand.
         targets: Y, (..., n, O), for each tensor.
+        levels: refinements of the grid of points.
 
     Returns:
         Whether any group has changed.
     """
-    if operand.table is None:
+    if operand.space is None:
         return False
-    quantizer, table = cast(Quantizer, operand.site), operand.table
-    matrices = [operand.matrix(x) for x in operand.tensors]
-    error_maps = [row_errors(*parts) for parts in zip(matrices, others, targets, strict=True)]
+    quantizer = cast(Quantizer, operand.site)
+    errors = OperandErrors(operand, others, targets)
+    row, least, operand.points = best_parameters(operand.space, errors, errors.quick(), levels, operand.points)
+    better = least < errors({name: getattr(quantizer, name).detach()[None] for name in row})[0]
+    for name, values in row.items():
+        now = getattr(quantizer, name)
+        now.copy_(torch.where(better, values, now))
+    return bool(better.any())
 
-    def errors(quantized: Map) -> Tensor:
-        """(K, G), from the map of a tensor to its values (K, ...)."""
-        found = [
-            by_group(error_map(operand.matrix(quantized(x)) - X), quantizer.layout, operand.axis)
-            for x, X, error_map in zip(operand.tensors, matrices, error_maps, strict=True)
-        ]
+
+class OperandErrors:
+    """The errors (K, G) of a product, from parameters (K, G) of one operand; arguments as those of `improve_`."""
+
+    def __init__(self, operand: Operand, others: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        self.operand, self.others, self.targets = operand, others, targets
+        self.quantizer = cast(Quantizer, operand.site)
+        self.matrices = operand.matrices()
+        self.maps = [row_errors(*parts) for parts in zip(self.matrices, others, targets, strict=True)]
+
+    def __call__(self, table: Table) -> Tensor:
+        """Errors of every row of a table."""
+        device, largest = self.matrices[0].device, max(x.numel() for x in self.operand.tensors)
+        together = max(1, BLOCK.get(device.type, OTHER_BLOCK) // largest)
+        return torch.cat([self._errors(part) for part in _blocks(table, together)])
+
+    def _errors(self, table: Table) -> Tensor:
+        operand, found = self.operand, []
+        for i, (x, X, error_map) in enumerate(zip(operand.tensors, self.matrices, self.maps, strict=True)):
+            D = operand.seen(i, tried_values(self.quantizer, x, table)) - X
+            found.append(by_group(error_map(D), self.quantizer.layout, operand.axis))
         return sum(found[1:], found[0])
 
-    together = BLOCK.get(matrices[0].device.type, OTHER_BLOCK) // max(x.numel() for x in operand.tensors)
-    blocks = _blocks(table, max(1, together))
-    found = torch.cat([errors(partial(tried_values, quantizer, table=block)) for block in blocks])
-    least, best = found.nan_to_num(nan=torch.inf).min(0)  # (G,), or (1,) where groups cannot be told apart
-    better = least < errors(lambda x: quantizer(x)[None])[0]
-    for name, rows in table.items():
-        now = getattr(quantizer, name)
-        now.copy_(torch.where(better, rows.gather(0, best.expand(rows.shape[1])[None])[0], now))
-    return bool(better.any())
+    def _by_diagonal(self, table: Table) -> Tensor:
+        """The errors of a weight, but with the inputs of the layer taken as uncorrelated."""
+        weight, power = self.operand.tensors[0], [m.square().mean(0) for m in self.others]
+        D = self.operand.matrix(tried_values(self.quantizer, weight, table)) - self.matrices[0]
+        return by_group(D.square() @ sum(power[1:], power[0]), self.quantizer.layout, self.operand.axis)
+
+    def quick(self) -> Errors | None:
+        """A cheaper estimate, for the first decisions: on a part of the rows, or of the matrices.
+
+        None where that saves little.
+        """
+        x = self.operand.tensors[0]
+        if not self.quantizer.layout.batched:
+            return self._by_diagonal
+        rows = max(1, len(self.targets[0]) // len(x)) if self.targets[0].ndim == 2 else 1  # that a sample gives
+        stride = min(QUICK if rows == 1 and self.targets[0].ndim == 2 else QUICK // 4, len(x) // 2)
+        if stride < 2:
+            return None
+        part = self.operand.part(stride, rows)
+        if self.targets[0].ndim > 2:
+            return OperandErrors(part, [m[::stride] for m in self.others], [y[::stride] for y in self.targets])
+        targets = [y.unflatten(0, (-1, rows))[::stride].flatten(0, 1) for y in self.targets]
+        return OperandErrors(part, self.others, targets)
 
 
 def _blocks(table: Table, together: int) -> Iterator[Table]:

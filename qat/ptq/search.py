@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat.ptq.quantiles import quantiles
 from qat.quantizers import Quantizer
-from qat.quantizers.spec import Table
+from qat.quantizers.space import Table
 
 Ranges = tuple[Tensor, Tensor]  # low and high, both (K, G) or both (G,)
 Propose = Callable[[Tensor], Ranges]  # samples (G, n) -> low and high of K candidates (K, G)

@@ -1,5 +1,6 @@
 """Quantizers: importing this package registers every spec under its class name."""
 
+from qat.quantizers.adalog import AdaLog, AdaLogQuantizer, folded_bias
 from qat.quantizers.bitlog2 import BitLog2, BitLog2Quantizer
 from qat.quantizers.integer_norm import IntegerNorm, IntegerNormQuantizer
 from qat.quantizers.layout import Affine, Layout
@@ -9,11 +10,15 @@ from qat.quantizers.lsq import LSQ, LSQQuantizer
 from qat.quantizers.ptf import PTF, PTFQuantizer
 from qat.quantizers.recompute import recompute_operands
 from qat.quantizers.spec import Quantizer, Spec
+from qat.quantizers.twin_gelu import TwinGelu, TwinGeluQuantizer
+from qat.quantizers.twin_softmax import TwinSoftmax, TwinSoftmaxQuantizer
 from qat.quantizers.uniform import Uniform, UniformQuantizer
 
 __all__ = [
     "LSQ",
     "PTF",
+    "AdaLog",
+    "AdaLogQuantizer",
     "Affine",
     "BitLog2",
     "BitLog2Quantizer",
@@ -28,7 +33,12 @@ __all__ = [
     "PTFQuantizer",
     "Quantizer",
     "Spec",
+    "TwinGelu",
+    "TwinGeluQuantizer",
+    "TwinSoftmax",
+    "TwinSoftmaxQuantizer",
     "Uniform",
     "UniformQuantizer",
+    "folded_bias",
     "recompute_operands",
 ]

@@ -25,7 +25,8 @@ from qat.errors import QatError
 from qat.quantizers import fitting, kernels
 from qat.quantizers.kernels import Bound, Kernels
 from qat.quantizers.layout import Affine, Layout
-from qat.quantizers.spec import MIN_STEP, Quantizer, Spec, Table
+from qat.quantizers.space import Table
+from qat.quantizers.spec import MIN_STEP, Quantizer, Spec
 
 GradScale = Literal["l1", "numel", "vvtq_act", "none"]
 Init = Literal["mse", "lsq", "lsq_plus", "percentile"]

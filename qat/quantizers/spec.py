@@ -6,7 +6,6 @@ Shapes: G groups that share a step, n values in a group, K candidates.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import sqrt
 from typing import Any, ClassVar, Literal, get_args
@@ -18,10 +17,10 @@ from qat.errors import QatError
 from qat.quantizers import kernels
 from qat.quantizers.kernels import Kernels
 from qat.quantizers.layout import Affine, Granularity, Layout
+from qat.quantizers.space import Space, Table
 from qat.ranges import check_value
 
 Width = Literal["w_bits", "a_bits"]
-Table = Mapping[str, Tensor]  # name of a parameter or buffer -> its candidates (K, G), or one row of them (G,)
 MIN_BITS, MAX_BITS = 2, 16
 MIN_STEP = 1e-6  # keeps x / step finite; far below any step that is worth having
 MIN_RANGE = 1e-6  # what is narrower counts as a single point
@@ -179,6 +178,10 @@ class Quantizer(nn.Module, ABC):
         """Give parameters and buffers the values (G,) of a row of a table."""
         for name, values in row.items():
             getattr(self, name).copy_(values)
+
+    def search_space(self, samples: Tensor) -> Space | None:
+        """What a search tries, from samples (G, n), beyond ranges; None where ranges are all."""
+        return None
 
     def refine_(self, samples: Tensor) -> None:
         """Choose, from samples (G, n), what a range leaves open; only where `refines`."""

@@ -19,7 +19,8 @@ from qat.quantizers import kernels
 from qat.quantizers.kernels import Bound
 from qat.quantizers.layout import Affine, Layout
 from qat.quantizers.lsq import FakeQuantize
-from qat.quantizers.spec import MIN_RANGE, MIN_STEP, Quantizer, Spec, Table
+from qat.quantizers.space import Table
+from qat.quantizers.spec import MIN_RANGE, MIN_STEP, Quantizer, Spec
 
 NARROW = 2**-10  # of the larger end: a range that is narrower is almost a point
 ZeroPoint = Literal["integer", "code", "clipped", "fractional", "none"]

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from qat.callbacks import Calibrate
+from qat.callbacks.calibrate import with_chosen
+from qat.errors import QatError
 from qat.ptq import InitSteps
 from qat.ptq.options import CalibrationOptions
 from tests.training.runs import tiny_data, tiny_module, tiny_trainer
@@ -36,3 +38,12 @@ def test_the_method_decides_about_a_calibrated_model(wanted: bool, images: Path,
     trainer.fit(module, datamodule=tiny_data(images))
     assert method.calls == int(wanted)
     assert bool(module.calibration) is wanted
+
+
+def test_a_chosen_quantizer_is_one_more_rule_of_the_card_or_is_refused() -> None:
+    card, site = tiny_module().card, "blocks.1.mlp.fc2.input_quant"
+    spec = {"class_path": "LSQ", "init_args": {"bits": 6}}
+    assert with_chosen(card, {}) is card
+    assert with_chosen(card, {site: spec}).rules == [*card.rules, {"match": site, "spec": spec}]
+    with pytest.raises(QatError, match="NoSuch"):
+        with_chosen(card, {site: {"class_path": "NoSuch", "init_args": {"bits": 6}}})

@@ -195,6 +195,21 @@ validate --config CONFIG --results_file nowhere/x.json | there is no folder nowh
 validate --config CONFIG --trainer.limit_val_batches 0 | trainer.limit_val_batches is 0: no image would be evaluated
 validate --config CONFIG --model.drop_path 2 | model.drop_path is 2.0
 validate --config CONFIG --calibration.images 25 | train has 24, choose 1..24
+calibrate --config CONFIG --validate maybe  | validate is maybe: give true or false or null
+calibrate --config CONFIG --validate        | --validate stands without a value
+calibrate --config CONFIG --results_file nowhere/x.json | there is no folder nowhere
+calibrate --config CONFIG --data.images ""  | data.images is '': give a path
+calibrate --config CONFIG --data.images nowhere | nowhere is not a folder: expected one with images
+calibrate --config CONFIG --data.root null  | data.root is not set: give the folder with train/<class>/*.JPEG, or any images
+calibrate --config CONFIG --data.images IMAGES/val --data.root null --validate true | data.root is not set
+calibrate --config CONFIG --data.images IMAGES/val --calibration.images 13 | val has 12, choose 1..12
+calibrate --config CONFIG --calibration.images 25 | train has 24, choose 1..24
+calibrate --config CONFIG --ckpt x.ckpt     | --ckpt is x.ckpt, a checkpoint of qat, and qat calibrate starts from float weights
+calibrate --config CONFIG --model.quant_checkpoint x.ckpt | --model.quant_checkpoint is x.ckpt, a checkpoint of qat
+calibrate --config CONFIG --model.recipe float --model.w_bits null --model.a_bits null | model.recipe is float, which quantizes nothing
+calibrate --config CONFIG --trainer.limit_val_batches 0 | so leave it out and say --validate false
+calibrate --config CONFIG --trainer.limit_val_batches 0.01 | of 2 batches none is left
+calibrate --config CONFIG --trainer.devices 2 --trainer.strategy ddp | InitSteps runs on one device
 describe --config CONFIG --data.preprocessing.std [0,1,1] | data.preprocessing.std
 describe --config CONFIG --model.model_args.num_classes 3 | set it by model.num_classes
 describe --model.arch deit_tinny            | similar names: deit_tiny_patch16_224
@@ -222,7 +237,7 @@ import-fkd x LABELS --label_type ori --std [0,1,1] | std is (0.0, 1.0, 1.0)
 import-fkd x LABELS --label_type ori --teacher_input_size 0 | teacher_input_size is 0
 import-fkd x LABELS --label_type orii       | label_type is orii
 convert-official x                          | output is not given
-"""
+"""  # noqa: E501
 CONFIGS: dict[str, tuple[bytes, str]] = {
     "latin-1": (b'model: {arch: "d\xe9it"}\n', "it is no text in UTF-8"),
     "UTF-16": ("model: {lr: 1}\n".encode("utf-16"), "it is no text in UTF-8"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qat.cli.summary import after_training, after_validation, command, show
+from qat.cli.summary import after_calibration, after_training, after_validation, command, show
 
 METRICS = {"val/top1": 71.25, "val/top5": 90.0, "val/loss": 1.0}
 RESULTS = {
@@ -35,6 +35,24 @@ def test_a_calibration_names_its_worst_sites_and_its_checkpoint() -> None:
     assert worst.startswith("most error (signal to noise): site0 10.0 dB")
     assert saved == "checkpoint: r/ptq.ckpt"
     assert following == "next: qat predict --ckpt r/ptq.ckpt --data.images FOLDER --output predictions.csv"
+
+
+def test_a_calibration_without_evaluation_says_what_was_chosen_and_how_to_go_on() -> None:
+    spec = {"class_path": "Log2", "init_args": {"bits": 4}}
+    how = {"method": "Frontier(rounds=2)", "images": 32, "seconds": 61.25, "peak_memory_mb": 812}
+    chosen = {"chosen": {"a.probs_quant": spec, "b.probs_quant": spec}}
+    results = {name: RESULTS[name] for name in ("recipe", "size_mb", "float_size_mb")}
+    results |= {"calibration": RESULTS["calibration"] | how | chosen}
+    model = ["--config", "my ptq.yaml", "--model.w_bits", "3"]
+    first, _, replaced, worst, *rest = after_calibration(results, Path("ptq.ckpt"), Path("images"), False, model)
+    assert first == "calibrated by Frontier on 32 images in 61.2 s, peak memory 812 MB"
+    assert replaced == "chosen: Log2(bits=4) at a.probs_quant, b.probs_quant"
+    assert worst.count("dB") == 3
+    assert rest == [
+        "checkpoint: ptq.ckpt",
+        "next: qat validate --ckpt ptq.ckpt --data.root DIR",
+        "next: qat fit --config 'my ptq.yaml' --model.w_bits 3 --model.quant_checkpoint ptq.ckpt --data.root DIR",
+    ]
 
 
 def test_a_float_model_that_was_not_read_from_a_checkpoint_has_its_accuracy_only() -> None:

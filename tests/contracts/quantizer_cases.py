@@ -23,10 +23,15 @@ from qat.quantizers.spec import Spec
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "LSQ": [{}, {"offset": True}],
     "LogSqrt2": [{"signed": False, "zero": zero} for zero in ("last", "extra", "rounded")],
+    "AdaLog": [
+        {"signed": False, "zero": zero, "shifted": shifted} for zero in ("last", "extra") for shifted in (False, True)
+    ],
     "BitLog2": [
         {"signed": False, "form": form, "extra": extra} for form in ("single", "half") for extra in (False, True)
     ],
     "PTF": [{"signed": False, "granularity": "channel", "zero": zero} for zero in ("code", "clipped")],
+    "TwinGelu": [{"signed": False, "ratio": ratio} for ratio in ("power", "free")],
+    "TwinSoftmax": [{"signed": False, "overlap": overlap} for overlap in (False, True)],
     "Uniform": [{}, {"zero": "code"}, {"zero": "clipped"}, {"zero": "fractional", "signed": False}, {"zero": "none"}],
 }
 ROWS = {"IntegerNorm", "LogIntSoftmax"}  # kinds whose codes depend on a whole row: each has tests of its own

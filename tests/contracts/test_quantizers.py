@@ -20,10 +20,11 @@ def test_every_quantizer_has_an_example():
 def test_a_group_has_at_most_the_declared_codes_over_exactly_the_declared_range(case):
     quantizer = calibrated(case)
     line = torch.linspace(-1, 1, 101)
-    x = spread(case, torch.cat([line * 1e3, line]))  # wide and fine
+    x = spread(case, torch.cat([line * 1e3, line, line * 1e-3]))  # wide and fine
     for row in quantizer.grouped(quantizer.encode(x)):
         assert len(row.unique()) <= quantizer.spec.levels
-        assert row.min() == quantizer.spec.qmin
+        if not dict(case.options).get("overlap"):  # there it depends on the exponent which codes come first
+            assert row.min() == quantizer.spec.qmin
         assert row.max() == quantizer.spec.qmax
     for row in quantizer.grouped(quantizer(x)):
         assert len(row.unique()) <= quantizer.spec.levels
@@ -59,9 +60,16 @@ def test_quantizing_twice_changes_nothing(case):
         return  # a zero point that is no integer puts the ends of the range off the grid
     if case.kind == "BitLog2":
         return  # its divisor makes up for cutting, so a value is larger than what is cut to it
+    if dict(case.options).get("shifted"):
+        return  # many values are smaller than the rounding of their sum with the shift
+    if dict(case.options).get("overlap"):
+        return  # a value is larger by the range of the fine grid
     quantizer = calibrated(case)
     codes = all_codes(case, quantizer)
-    assert torch.equal(quantizer.encode(quantizer.decode(codes)), codes)
+    values = quantizer.decode(codes)
+    again = quantizer.encode(values)
+    assert torch.equal(quantizer.decode(again), values)
+    assert case.kind.startswith("Twin") or torch.equal(again, codes)  # a value of both grids has two codes
 
 
 @over_cases
@@ -96,10 +104,12 @@ def test_zero_in_gives_a_finite_gradient_and_a_value_near_zero(case):
     quantizer, x = calibrated(case), torch.zeros(case.shape, requires_grad=True)
     out = quantizer(x)
     out.sum().backward()
+    assert x.grad.isfinite().all()
+    if dict(case.options).get("shifted"):
+        return  # zero lies between two values of a logarithm, which do not meet halfway
     values = quantizer.grouped(quantizer.decode(all_codes(case, quantizer)))
     nearest = values.abs().amin(1)  # zero itself, but for an offset
     assert torch.equal(quantizer.grouped(out.detach()).abs().amax(1), nearest)
-    assert x.grad.isfinite().all()
 
 
 @over_cases

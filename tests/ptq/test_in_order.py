@@ -1,15 +1,12 @@
 """Calibration in the order of the network, also where a unit visits a site twice."""
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.errors import QatError
 from qat.ptq.in_order import calibrate_in_order
 from qat.quantizers import LSQ, Quantizer
 from qat.recipe import Rule
-from qat.sites import family as families
-from qat.sites.family import Family, Unit
+from qat.sites.family import Unit
 from qat.sites.insert import SiteBuilder
 
 
@@ -28,28 +25,16 @@ class Twice(nn.Module):
         return x
 
 
-class Chain(Family):
-    def check(self, model: Twice) -> None:
-        pass
-
-    def units(self, model: Twice) -> list[Unit]:
-        return [Unit("both", model, ("first", "second"))]
-
-
-@pytest.fixture
-def model(monkeypatch) -> Twice:
-    monkeypatch.setitem(families.FAMILIES, Twice, Chain())
-    return Twice()
-
-
-def test_a_site_that_is_visited_twice_is_calibrated_on_both_tensors(model):
+def test_a_site_that_is_visited_twice_is_calibrated_on_both_tensors():
+    model = Twice()
     seen: dict[str, list[float]] = {}
 
     def calibrate_site(name: str, quantizer: Quantizer, samples: Tensor) -> None:
         seen[name] = samples.flatten().tolist()
         quantizer.step.data.fill_(2.0 if name == "first" else 8.0)
 
-    calibrate_in_order(model, [torch.tensor([[1.0]]), torch.tensor([[5.0]])], calibrate_site, ["second", "first"])
+    tensors, sites = [torch.tensor([[1.0]]), torch.tensor([[5.0]])], {"second": model.second, "first": model.first}
+    calibrate_in_order(Unit("both", model), tensors, sites, calibrate_site)
     assert list(seen) == ["first", "second"], "the order of the network"
     # first: of each batch, the input, and what the sites make of it, with both off, plus 10
     assert seen["first"] == [1, 11, 5, 15]
@@ -59,6 +44,14 @@ def test_a_site_that_is_visited_twice_is_calibrated_on_both_tensors(model):
     assert model(torch.tensor([[1.0], [5.0]])).flatten().tolist() == [8, 8]
 
 
-def test_a_site_that_no_unit_reaches_is_named(model):
-    with pytest.raises(QatError, match=r"no calibration image reached 'elsewhere', or its model does not say"):
-        calibrate_in_order(model, [torch.ones(1, 1)], lambda *_: None, ["elsewhere"])
+def test_other_sites_stay_as_they_are_and_none_is_needed():
+    """A rewrite has filled the first site; the second sees what it makes of its input."""
+    model, seen = Twice(), []
+    model.first.set_range_(torch.tensor([0.0]), torch.tensor([254.0]))  # steps of 2
+
+    def calibrate_site(name: str, quantizer: Quantizer, samples: Tensor) -> None:
+        seen.append((name, samples.flatten().tolist()))
+
+    calibrate_in_order(Unit("both", model), [torch.tensor([[5.0]])], {"second": model.second}, calibrate_site)
+    assert seen == [("second", [4, 14])]
+    calibrate_in_order(Unit("both", model), [], {}, calibrate_site)  # without sites no unit is run

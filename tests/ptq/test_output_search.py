@@ -13,6 +13,8 @@ from qat.errors import QatError
 from qat.models import build_float
 from qat.models.vit import ViTFamily
 from qat.ptq import InitSteps, OutputSearch
+from qat.ptq.matrix_products import matrix_products
+from qat.ptq.output_search import samples, samples_of_counts
 from qat.ptq.product_search import ProductSearch
 from qat.quantizers import LSQ, LogIntSoftmaxQuantizer, Uniform
 from qat.recipe import Rule, build_recipe
@@ -129,15 +131,51 @@ def test_only_quantizers_change_and_the_result_loads():
     assert torch.equal(fresh(batches()[0]), model(batches()[0]))
 
 
-def test_the_same_seed_gives_the_same_values_and_another_seed_others():
-    def run(seed: int) -> dict[str, Tensor]:
+def test_the_same_images_give_the_same_values_and_the_rows_matter():
+    def run(rows: int) -> dict[str, Tensor]:
         model = tiny()
-        OutputSearch(rounds=1, rows=8, samples=50, seed=seed)(model, batches())
+        OutputSearch(rounds=1, rows=rows)(model, batches())
         return state(model)
 
-    first, second, other = run(0), run(0), run(1)
+    first, second, other = run(8), run(8), run(12)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_product_is_compared_on_as_many_rows_as_wanted(monkeypatch):
+    """On all images where a sample gives a single row; otherwise on as many samples as give enough rows."""
+    seen, search = [], ProductSearch.search_
+
+    def spy(product: ProductSearch, rounds: int) -> None:
+        seen.append(sum(len(x.flatten(0, -2)) for x in product.left.matrices()))
+        search(product, rounds)
+
+    monkeypatch.setattr(ProductSearch, "search_", spy)
+    OutputSearch(rounds=1, rows=16)(tiny(), batches(2, 4))
+    patches, heads = 2 * 16, 2 * 3 * 17  # of one image each: 16 patches; 17 rows of three heads
+    assert seen == [patches, *(2 * [16, heads, heads, 16, 16, 16]), 8]  # the head reads one row of each of 8 images
+
+
+@pytest.mark.parametrize("rows", [8, 9, 10])  # also where the images do not share them evenly
+def test_the_class_token_of_every_image_is_among_the_rows(rows):
+    model = tiny()
+    product = next(p for p in matrix_products(model) if p.left == "blocks.0.attn.qkv.input_quant")
+    x = torch.arange(4.0 * 17).reshape(4, 17, 1)
+    found = samples(product, x, rows).flatten().tolist()
+    assert len(set(found)) == len(found) >= rows
+    assert {0.0, 17.0, 34.0, 51.0} <= set(found)
+
+
+@pytest.mark.parametrize("rows", [6, 40, 1000])
+def test_counts_are_those_of_the_rows(rows):
+    products = {product.left: product for product in matrix_products(tiny())}
+    images, qkv, head = (products[f"{x}.input_quant"] for x in ("patch_embed.proj", "blocks.0.attn.qkv", "head"))
+    numbers = torch.arange(4.0 * 16).reshape(4, 16)  # of the rows; a patch has the number of its row everywhere
+    square = numbers.reshape(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+    cases = [(images, square, numbers), (qkv, numbers[..., None], numbers), (head, numbers[:, :1], numbers[:, :1])]
+    for product, x, counts in cases:
+        read = product.matrices.left(samples(product, x, rows))
+        assert read[:, :1].tolist() == samples_of_counts(product, counts, x, rows).tolist()
 
 
 def test_flags_and_hooks_are_put_back_when_it_is_interrupted():
@@ -232,7 +270,7 @@ def test_matrices_of_two_sizes_are_searched_together():
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ProductSearch, "search_", spy)
-        OutputSearch()(model, batches())
+        OutputSearch(rounds=1, levels=1)(model, batches())
     assert [tokens for tokens in sizes if tokens] == [{4, 8}] * 2 + [
         {2, 4}
     ] * 4  # q with k, and the probabilities with v
@@ -246,7 +284,7 @@ def test_a_tensor_that_is_not_finite_is_named():
         OutputSearch()(model, batches())
 
 
-@pytest.mark.parametrize("option", ["rounds", "rows", "samples"])
+@pytest.mark.parametrize("option", ["rounds", "rows"])
 def test_an_option_below_one_is_refused(option):
     with pytest.raises(QatError, match=f"OutputSearch: {option} is 0: give an integer from 1 to"):
         OutputSearch(**{option: 0})

@@ -4,19 +4,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qat.ptq.fpcs import space_of
 from qat.ptq.product_search import (
     Operand,
+    OperandErrors,
     ProductSearch,
     by_group,
-    candidate_ranges,
-    candidate_table,
     improve_,
     row_errors,
-    searchable,
     tried_values,
 )
-from qat.quantizers import LSQ, PTF, BitLog2, LogSqrt2, Quantizer, Uniform
-from qat.quantizers.spec import Layout, Spec, Table
+from qat.quantizers import LSQ, BitLog2, Layout, Quantizer, Uniform
+from qat.quantizers.candidates import TableSpace
+from qat.quantizers.space import Table
+from qat.quantizers.spec import Spec
 from qat.sites.insert import FloatSite
 
 TENSOR = Layout(0, 1, batched=True)
@@ -36,10 +37,10 @@ def started(spec: Spec, layout: Layout, low: float, high: float) -> Quantizer:
     return quantizer
 
 
-def table(quantizer: Quantizer, *ends: tuple[float, float]) -> Table:
-    """The same candidates for one group."""
+def tried(quantizer: Quantizer, *ends: tuple[float, float]) -> TableSpace:
+    """A few ranges, for one group."""
     low, high = torch.tensor(ends, dtype=torch.float32).T[..., None]
-    return quantizer.from_range(low, high)
+    return TableSpace(quantizer.from_range(low, high))
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
@@ -85,42 +86,12 @@ def check_values_with_tried_ranges(spec: Spec, layout: Layout) -> None:
         assert torch.equal(values[i], quantizer(x))
 
 
-def test_a_range_with_a_zero_point_moves_by_whole_steps():
-    samples = torch.linspace(0, 15, 1501)[None]
-    low, high = candidate_ranges(Uniform(4), samples)
-    assert low.shape == high.shape == (128, 1)
-    assert (high - low).view(8, 16)[-1].allclose(torch.tensor(15.0)), "the widest is that of all samples"
-    assert low.view(8, 16)[-1].allclose(torch.arange(-8.0, 8.0))
-    assert (high - low).view(8, 16)[0].allclose(torch.tensor(12.0)), "the narrowest, from the quantile 0.1 to 0.9"
-    assert low.view(8, 16)[0, 8].item() == pytest.approx(1.5)
-    assert candidate_ranges(LSQ(2, signed=False, offset=True), samples)[0].view(32, 4).shape == (32, 4), (
-        "no more than codes"
-    )
-
-
-@pytest.mark.parametrize("spec", [LSQ(4), Uniform(4, True, zero="none"), LogSqrt2(4)], ids=repr)
-def test_a_range_without_a_zero_point_shrinks_by_a_ratio(spec):
-    low, high = candidate_ranges(spec, torch.tensor([[-2.0, 0.0, 4.0]]))
-    assert (low[0].item(), high[0].item()) == (-2, 4)
-    assert high[-1].item() == pytest.approx(4 / 64)
-    ratios = high[1:] / high[:-1]
-    assert ratios.allclose(ratios[0])
-    assert (low * -2).allclose(high)
-
-
-def test_a_site_without_a_range_is_not_searched():
-    assert all(searchable(spec.build(TENSOR)) for spec in (Uniform(4), LSQ(4), LogSqrt2(4)))
-    sites = [FloatSite(), BitLog2(4).build(TENSOR), PTF(4).build(Layout(-1, 4, batched=True))]
-    assert not any(searchable(site) for site in sites)
-
-
 def test_values_that_the_product_does_not_read_are_clipped():
     x = torch.tensor([[0.0, 900.0], [1.0, 600.0], [2.0, 0.0], [3.0, 300.0]])
     quantizer = started(LSQ(2, signed=False), TENSOR, 0, 900)
     product = ProductSearch(
-        Operand(quantizer, [x], same, None, table(quantizer, (0, 900), (0, 3), (0, 1.5))),
+        Operand(quantizer, [x], same, None, tried(quantizer, (0, 900), (0, 3), (0, 1.5))),
         Operand(FloatSite(), [torch.tensor([[1.0, 0.0]])], same, 0),
-        rows=4,
     )
     assert product.error() > 1
     product.search_(3)
@@ -132,7 +103,7 @@ def test_the_zero_point_with_the_least_error_is_found():
     x = torch.tensor([[10.0], [11.0], [12.0], [13.0]])
     quantizer = started(Uniform(2), TENSOR, 0, 13)
     moved = [(9.0 + i, 12.0 + i) for i in range(3)]
-    improve_(Operand(quantizer, [x], same, None, table(quantizer, *moved)), [torch.ones(1, 1)], [x])
+    improve_(Operand(quantizer, [x], same, None, tried(quantizer, *moved)), [torch.ones(1, 1)], [x])
     assert (quantizer.step.item(), quantizer.zero_point.item()) == (1, -10)
     assert torch.equal(quantizer(x), x)
 
@@ -143,7 +114,8 @@ def test_every_output_channel_gets_its_own_range():
     low = torch.zeros(2, 2)
     high = torch.tensor([[900.0, 900.0], [3.0, 3.0]])
     x = torch.tensor([[1.0, 1.0, 0.0]])  # the third input is always zero
-    improve_(Operand(quantizer, [weight], same, 0, quantizer.from_range(low, high)), [x], [weight @ x.mT])
+    space = TableSpace(quantizer.from_range(low, high))
+    improve_(Operand(quantizer, [weight], same, 0, space), [x], [weight @ x.mT])
     assert quantizer.step.tolist() == [1, 300]
 
 
@@ -151,7 +123,8 @@ def test_groups_without_errors_of_their_own_take_the_same_candidate():
     x = torch.tensor([[1.0, 10.0]])
     quantizer = started(LSQ(2, signed=False, granularity="channel"), Layout(-1, 2, batched=True), 0, 900)
     low, high = torch.zeros(3, 2), torch.tensor([[3.0, 900.0], [30.0, 30.0], [60.0, 3.0]])
-    improve_(Operand(quantizer, [x], same, None, quantizer.from_range(low, high)), [torch.eye(2)], [x])
+    space = TableSpace(quantizer.from_range(low, high))
+    improve_(Operand(quantizer, [x], same, None, space), [torch.eye(2)], [x])
     assert quantizer.step.tolist() == [10, 10]  # (1, 300) and (20, 1) leave more, though (1, 10) would leave none
 
 
@@ -160,31 +133,56 @@ def test_a_quantizer_stays_where_no_candidate_is_better():
     quantizer = LSQ(4).build(TENSOR)
     quantizer.init_from(x.reshape(1, -1))
     before = quantizer.step.clone()
-    improve_(Operand(quantizer, [x], same, None, table(quantizer, (-100, 100), (-50, 50))), [torch.eye(4)], [x])
+    improve_(Operand(quantizer, [x], same, None, tried(quantizer, (-100, 100), (-50, 50))), [torch.eye(4)], [x])
     assert torch.equal(quantizer.step, before)
 
 
-@pytest.mark.parametrize("rows", [1, 100])
-@pytest.mark.parametrize("spec", [LSQ(3), LSQ(3, signed=False, offset=True), Uniform(3)], ids=repr)
-def test_the_error_never_grows(spec, rows):
-    """Also where a few rows decide, and are not like the others."""
-    x, weight = random(100, 6).float() ** 3, random(5, 6, seed=1).float()
-    left, right = spec.build(TENSOR), spec.build(Layout(0, 5, batched=False))
+@pytest.mark.parametrize("levels", [0, 5])
+@pytest.mark.parametrize("n", [1, 100])
+@pytest.mark.parametrize("spec", [LSQ(3), LSQ(3, signed=False, offset=True), Uniform(3), BitLog2(3)], ids=repr)
+def test_the_error_never_grows(spec, n, levels):
+    """Also where the first decisions are made on a part of the rows, which are not like the others."""
+    x, weight = random(n, 6).float() ** 3, random(5, 6, seed=1).float()
+    left, right = spec.build(TENSOR), Uniform(3).build(Layout(0, 5, batched=False))
+    x = x.abs() if isinstance(spec, BitLog2) else x
     left.init_from(x.reshape(1, -1))
     right.init_from(weight)
     product = ProductSearch(
-        Operand(left, [x], same, None, candidate_table(left, x.reshape(1, -1))),
-        Operand(right, [weight], same, 0, candidate_table(right, weight)),
-        rows,
+        Operand(left, [x], same, None, space_of(left, x.reshape(1, -1))),
+        Operand(right, [weight], same, 0, space_of(right, weight)),
+        levels,
     )
-    before = product.error()
-    product.search_(3)
-    assert product.error() < before if rows == 100 else product.error() <= before
+    errors = [product.error()]
+    for _ in range(3):
+        product.search_(1)
+        errors.append(product.error())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0]
+
+
+def test_rows_count_as_often_as_their_roots_say():
+    """A row that counts 4 times is that row 4 times, for targets, errors and the choice."""
+    x, weight = random(6, 3).float(), random(4, 3, seed=1).float()
+    counts = torch.tensor([1, 4, 1, 9, 1, 2])
+    found = []
+    for rows, roots in ((x, [counts[:, None].float().sqrt()]), (x.repeat_interleave(counts, 0), None)):
+        left, right = Uniform(2).build(TENSOR), Uniform(2).build(Layout(0, 4, batched=False))
+        left.init_from(x.reshape(1, -1))
+        right.init_from(weight)
+        operand = Operand(left, [rows], same, None, space_of(left, x.reshape(1, -1)), roots=roots)
+        product = ProductSearch(operand, Operand(right, [weight], same, 0, space_of(right, weight)))
+        sums = [product.error() * product.targets[0].numel()]
+        errors = OperandErrors(operand, product.right.values(), product.targets)
+        sums += errors(left.from_range(torch.tensor([[-1.0], [-2.0]]), torch.tensor([[1.0], [3.0]])))[:, 0].tolist()
+        product.search_(2)
+        found.append((sums, [left.step.item(), *right.step.tolist()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)  # sums of float32 in another order
+    assert found[0][1] == found[1][1]
 
 
 def test_a_site_in_floating_point_is_an_operand_without_error():
     x = random(8, 4).float()
     sides = [Operand(nn.Identity(), [x], same, None), Operand(FloatSite(), [x], same, 0)]
-    product = ProductSearch(*sides, rows=8)
+    product = ProductSearch(*sides)
     product.search_(3)
     assert product.error() == 0

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.models.layers import QuantLayerNorm, QuantLinear
 from qat.ptq import RepQViT
+from qat.ptq.fold_norms import reparameterize
 from qat.ptq.norms import fold
-from qat.ptq.repq_vit import reparameterize
 from qat.quantizers import Uniform, UniformQuantizer
 from qat.quantizers.spec import Layout
 from qat.recipe import Rule, build_recipe
@@ -99,7 +99,7 @@ def test_a_whole_model_computes_what_steps_per_channel_compute(name, monkeypatch
         kept[link.linear] = copy.deepcopy(channels)
         reparameterize(model, link, channels)
 
-    monkeypatch.setattr("qat.ptq.repq_vit.reparameterize", keep)
+    monkeypatch.setattr("qat.ptq.fold_norms.reparameterize", keep)
     RepQViT()(model, [images(8)])
     unfolded = quantize(float_model(name), rules)
     unfolded.load_state_dict(model.state_dict() | quantize(float_model(name), []).state_dict())
@@ -112,7 +112,7 @@ def test_a_whole_model_computes_what_steps_per_channel_compute(name, monkeypatch
 @pytest.mark.parametrize("rule", [None, {"class_path": "LSQ", "init_args": {"bits": 4}}])
 def test_a_recipe_without_zero_points_is_refused_by_name(rule):
     rules = build_recipe("repq_vit", [{"match": "blocks.1.mlp.fc1.input_quant", "spec": rule}], w_bits=4, a_bits=4)
-    with pytest.raises(QatError, match=r"RepQViT needs Uniform.*'blocks.1.mlp.fc1.input_quant'"):
+    with pytest.raises(QatError, match=r"FoldNorms needs Uniform.*'blocks.1.mlp.fc1.input_quant'"):
         RepQViT()(quantize(float_model("deit"), rules), [images()])
 
 
@@ -132,7 +132,7 @@ def test_dead_channels_are_guarded(weight):
 def test_windows_that_are_padded_are_refused_before_any_work():
     model = quantize(float_model("swin_padded"), build_recipe("repq_vit", w_bits=4, a_bits=4))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(QatError, match="changed the float model"):
+    with pytest.raises(QatError, match=r"changed what layers\.0\.blocks\.0 of the float model computes"):
         RepQViT()(model, [images(4)])
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) or value.isnan().all() for key, value in before.items())
@@ -149,7 +149,7 @@ def test_an_interrupt_between_folds_leaves_the_model_as_it_was(folds, monkeypatc
             raise KeyboardInterrupt
         done.append(fold(*args, **options))
 
-    monkeypatch.setattr("qat.ptq.repq_vit.fold", fold_some)
+    monkeypatch.setattr("qat.ptq.fold_norms.fold", fold_some)
     with pytest.raises(KeyboardInterrupt):
         RepQViT()(model, [images(4)])
     after = model.state_dict()

@@ -1,0 +1,139 @@
+"""Scales of every channel, folded out of LayerNorms: RepQ-ViT (Li et al., ICCV 2023, arXiv 2212.08254).
+
+The output of a LayerNorm is calibrated channel by channel. Its scales s and zero points z are then replaced by their
+means s~ and z~, and the difference is moved into the norm and the next layer: r = s / s~, t = s * (z - z~), see
+`qat.ptq.norms`. With an integer z~ the codes stay what they were, bit for bit. Shapes: C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.ptq.norms import fold
+from qat.ptq.search import calibrate_by_percentiles_
+from qat.ptq.step import Stage, Step
+from qat.ptq.tensor_search import fit
+from qat.ptq.work import UnitWork, Work
+from qat.quantizers import Layout, Quantizer, UniformQuantizer
+from qat.ranges import Range, check_fields
+from qat.sites.family import NormLink, family_of
+
+
+@dataclass
+class FoldNorms(Step):
+    """Every LayerNorm that linear layers read gets a new scale and shift for each channel; the layers undo them.
+
+    The input sites of these layers start from the means s~ and z~.
+
+    Args:
+        shares: quantiles that are tried as the upper end of the range of a channel, as RepQ-ViT does; null tries the
+            ranges of the output search.
+        samples: values of each channel.
+        optional: norms whose readers have no Uniform with a single step are left as they are; otherwise such a reader,
+            and a model without a norm to fold, is refused.
+        strength: power of the ratios of the channels' scales: 1 moves all of their differences to the weights, as
+            RepQ-ViT does, 0 none.
+    """
+
+    shares: Sequence[Annotated[float, Range(above=0.5, high=1)]] | None = None
+    samples: Annotated[int, Range(1, 1_000_000_000)] = 2048
+    optional: bool = False
+    strength: Annotated[float, Range(low=0, high=1)] = 1.0
+
+    stage = Stage.REWRITE
+    changes_weights = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.shares is not None and not self.shares:
+            raise QatError("FoldNorms: shares is empty: give quantiles above 0.5 and at most 1, such as 0.999, or null")
+
+    def begin(self, work: Work) -> None:
+        """Find the norms to rewrite; QatError where one that has to be rewritten cannot be."""
+        found = [link for link in family_of(work.model).norm_links(work.model) if link.readers]
+        if not self.optional:
+            raise_unless_foldable(work.model, found)
+        self._links = [link for link in found if foldable(work.model, link) and is_open(work, link)]
+
+    def unit(self, here: UnitWork) -> None:
+        """Rewrite the norms of a unit."""
+        reached = here.wanted_activations()
+        links = [link for link in self._links if f"{link.readers[0]}.input_quant" in reached]
+        channels = {link.norm: _per_channel(here.model, link) for link in links}
+        names = {link.norm: f"{link.readers[0]}.input_quant" for link in links}  # all readers see one tensor
+        found = here.samples({names[norm]: quantizer for norm, quantizer in channels.items()}, self.samples)
+        for link in links:
+            self._calibrate(channels[link.norm], found[names[link.norm]])
+            reparameterize(here.model, link, channels[link.norm], self.strength)
+
+    def _calibrate(self, quantizer: UniformQuantizer, rows: Tensor) -> None:
+        if self.shares is None:
+            fit(quantizer, rows, levels=1)
+        else:
+            calibrate_by_percentiles_(quantizer, rows, self.shares)
+
+
+def foldable(model: nn.Module, link: NormLink) -> bool:
+    """Whether every reader has an input quantizer with a single step and zero point."""
+    sites = [model.get_submodule(f"{reader}.input_quant") for reader in link.readers]
+    return all(isinstance(q, Quantizer) and q.spec.per_channel() is not None and q.layout.groups == 1 for q in sites)
+
+
+def is_open(work: Work, link: NormLink) -> bool:
+    """Whether inputs and weights of all readers, where they are quantized, are still to be calibrated."""
+    names = [f"{reader}.{side}_quant" for reader in link.readers for side in ("input", "weight")]
+    return all(name in work.wanted or not isinstance(work.model.get_submodule(name), Quantizer) for name in names)
+
+
+def raise_unless_foldable(model: nn.Module, links: Sequence[NormLink]) -> None:
+    """Raise QatError where there is no norm to fold, or a reader has no quantizer that allows it."""
+    if not links:
+        raise QatError(
+            "FoldNorms rewrites LayerNorms that linear layers read, and this model has none (an RmsNorm has no bias "
+            "to rewrite): choose another method of calibration"
+        )
+    for link in links:
+        if not foldable(model, link):
+            name = f"{link.readers[0]}.input_quant"
+            site = model.get_submodule(name)
+            have = f"has {site.spec}" if isinstance(site, Quantizer) else "stays in floating point"
+            raise QatError(
+                f"FoldNorms needs Uniform, granularity tensor, at {name!r}, which {have}: take the recipe repq_vit or "
+                "frontier, or another method"
+            )
+
+
+def _per_channel(model: nn.Module, link: NormLink) -> UniformQuantizer:
+    """A quantizer with the same codes that has a step and a zero point for each channel."""
+    layer = model.get_submodule(link.readers[0])
+    site = input_site(model, link.readers[0])
+    layout = Layout(-1, cast(int, layer.in_features), batched=True)
+    return site.spec.per_channel().build(layout).to(site.step.device)
+
+
+def input_site(model: nn.Module, layer: str) -> UniformQuantizer:
+    """The quantizer of the input of a layer."""
+    return cast(UniformQuantizer, model.get_submodule(f"{layer}.input_quant"))
+
+
+@torch.no_grad()
+def reparameterize(model: nn.Module, link: NormLink, channels: UniformQuantizer, strength: float = 1.0) -> None:
+    """Fold scales and zero points (C,) of the output of a norm into the norm and its readers.
+
+    The quantizers of the readers get the means that are left (equations 5 to 8 of RepQ-ViT).
+    """
+    step, zero = channels.step.double(), channels.zero_point.double()
+    for name in link.readers:
+        mean_step, mean_zero = input_site(model, name).set_affine_(step.mean(), zero.mean())
+    ratio = (step / mean_step) ** strength
+    middle = (channels.spec.qmin + channels.spec.qmax) / 2
+    if strength == 1:
+        fold(model, link, ratio, shift=step * (zero - mean_zero))
+    else:
+        fold(model, link, ratio, shift=ratio * (middle - mean_zero) * mean_step - (middle - zero) * step)

@@ -1,0 +1,68 @@
+"""How much each row of a layer's output matters: the Fisher information of the float model's own predictions.
+
+A token that no later layer reads has none: in the last block of a ViT with a class token, the outputs of all other
+tokens are lost. Labels are drawn from the float model's softmax, so that the gradient of their cross-entropy has the
+Fisher matrix as its covariance; for the most probable class it would be biased, and for its own output zero.
+Shapes: B images, n rows of a layer's output for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.sites.hooks import watching
+from qat.sites.insert import quantizers, switched_off
+
+Importance = dict[str, list[list[Tensor]]]  # by name of a layer, for every batch and visit: (B, n / B)
+
+
+def row_importance(model: nn.Module, batches: Iterable[Tensor], layers: Mapping[str, nn.Module]) -> Importance:
+    """The mean squared gradient of every row of the output of layers, in the float model.
+
+    Args:
+        model: in evaluation mode; its quantizers are switched off meanwhile.
+        batches: normalized images (B, 3, S, S).
+        layers: linear layers and convolutions, by name.
+    """
+    found: Importance = {name: [] for name in layers}
+    generator = torch.Generator().manual_seed(0)
+    learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in learning:
+            parameter.requires_grad_(False)
+        with torch.enable_grad(), switched_off(quantizer for _, quantizer in quantizers(model)):
+            for images in batches:
+                for name, visits in _of_batch(model, images, layers, generator).items():
+                    found[name].append(visits)
+    finally:
+        for parameter, required in learning:
+            parameter.requires_grad_(required)
+    return found
+
+
+def _of_batch(
+    model: nn.Module, images: Tensor, layers: Mapping[str, nn.Module], generator: torch.Generator
+) -> dict[str, list[Tensor]]:
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def keep(name: str, args: tuple[Any, ...], out: Tensor) -> None:
+        outputs[name].append(out if out.requires_grad else out.requires_grad_())  # a layer that reads no image
+
+    with watching(layers, after=keep):
+        logits = model(images.detach().requires_grad_()).float()
+    probs = logits.detach().softmax(-1).cpu()
+    labels = torch.multinomial(probs, 1, generator=generator)[:, 0].to(logits.device)
+    kept = [(name, out) for name, visits in outputs.items() for out in visits]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    grads = torch.autograd.grad(loss, [out for _, out in kept], allow_unused=True)
+    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for (name, out), grad in zip(kept, grads, strict=True):
+        square = torch.zeros_like(out) if grad is None else grad.square()
+        channels = 1 if isinstance(getattr(layers[name], "options", None), dict) else -1  # those of a convolution
+        rows[name].append(square.mean(channels).flatten(1) if square.ndim > 2 else square.mean(1, keepdim=True))
+    return rows

@@ -1,0 +1,126 @@
+"""A calibration is a list of steps, which work on one unit of the model after the other.
+
+For every unit (the embedding, a block, a merging, the head), in the order of the network::
+
+    rewrites -> first parameters of every site -> for every product of the unit: searches, weights, biases
+
+so that each step sees what the units and the products before it, complete as they will be, make of the images. The
+model is walked once; what is held is the input of one unit for all images.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.progress import Progress
+from qat.ptq.base import PTQMethod, raise_unless_calibrated
+from qat.ptq.importance import row_importance
+from qat.ptq.matrix_products import MatrixProduct, matrix_products
+from qat.ptq.norms import unit_unchanged
+from qat.ptq.work import Prefix, UnitWork, Work
+from qat.sites.family import family_of
+
+CHECKED = 8  # images on which the function of a unit is compared before and after it is rewritten
+
+
+class Stage(IntEnum):
+    """When a step has its turn."""
+
+    REWRITE = 1  # of float weights, without a change of what the float model computes
+    INITIALIZE = 2  # the first parameters of every site
+    SEARCH = 3  # better parameters
+    WEIGHTS = 4  # weights that make up for errors of quantization, and their rounding
+    BIAS = 5
+
+
+class Step(PTQMethod):
+    """A step of a calibration; alone, it is one that has only this step.
+
+    Attributes:
+        keeps_function: the float model computes the same after it; this is checked for rewrites.
+        needs_float: it reads what reaches a layer in the float model.
+    """
+
+    keeps_function = True
+    needs_float = False
+
+    @property
+    @abstractmethod
+    def stage(self) -> Stage:
+        """When it has its turn; a subclass has a class attribute of this name."""
+
+    def begin(self, work: Work) -> None:
+        """Refuse, with QatError, a model or a recipe that the step cannot work on, before any work."""
+
+    def unit(self, here: UnitWork) -> None:
+        """Do the work that concerns a unit as a whole, before that on its products."""
+
+    def product(self, here: UnitWork, product: MatrixProduct) -> None:
+        """Do the work on one product of a unit; the sites before it are complete."""
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Run the step alone."""
+        run(self, [self], model, batches)
+
+
+def run(
+    method: PTQMethod, steps: Sequence[Step], model: nn.Module, batches: Iterable[Tensor], prefix: Prefix = "quantized",
+    importance: float = 0.0,
+) -> None:  # fmt: skip
+    """Run steps on a model in evaluation mode.
+
+    Raises:
+        QatError: a step refuses the model, a rewrite has changed what a unit computes, or no image reaches a site.
+    """
+    units = family_of(model).units(model)  # QatError, before any work, where the family is no chain
+    work = Work.of(model, method)
+    for step in steps:
+        step.begin(work)
+    if not work.wanted:
+        return
+    tensors = list(batches)
+    if not tensors:
+        raise QatError(f"no calibration image reached {next(iter(work.wanted))!r}: raise calibration.images")
+    keeps_float = any(step.needs_float for step in steps)
+    float_tensors = tensors if keeps_float else None
+    products = matrix_products(model)
+    if importance:
+        names = [p.right.rpartition(".")[0] for p in products if p.matrices.weight is not None]
+        work.importance = row_importance(model, tensors, {name: model.get_submodule(name) for name in names})
+        work.importance_share = importance
+    with Progress("units", len(units)) as progress:
+        for unit in units:
+            here = UnitWork(work, unit, tensors, float_tensors, products, prefix)
+            _apply(steps, here)
+            tensors, float_tensors = here.outputs(), here.float_outputs
+            progress.advance(1)
+    for name, quantizer in work.wanted.items():
+        if not quantizer.calibrated and name not in work.reached:
+            raise QatError(f"no calibration image reached {name!r}: raise calibration.images")
+        raise_unless_calibrated(name, quantizer)
+
+
+def _apply(steps: Sequence[Step], here: UnitWork) -> None:
+    """Run all steps on one unit."""
+    rewrites = [step for step in steps if step.stage == Stage.REWRITE]
+    if rewrites:
+        with unit_unchanged(here.unit, here.inputs[0][:CHECKED], here.off):
+            for step in rewrites:
+                step.unit(here)
+    here.remember()
+    for step in steps:
+        if step.stage == Stage.INITIALIZE:
+            step.unit(here)
+    here.start_rest()
+    for step in steps:
+        if step.stage > Stage.INITIALIZE:
+            step.unit(here)
+    for product in here.products:
+        for step in steps:
+            step.product(here, product)
+        here.forget(product)

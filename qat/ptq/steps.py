@@ -1,0 +1,69 @@
+"""Calibrations that are lists of steps: those that a user puts together, and those that a paper has."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated
+
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.ptq.base import PTQMethod
+from qat.ptq.step import Step, run
+from qat.ptq.work import Prefix
+from qat.ranges import Range, check_fields
+
+
+class Preset(PTQMethod):
+    """A method that is a list of steps."""
+
+    changes_weights = True
+    prefix: Prefix = "quantized"
+    importance = 0.0
+
+    @abstractmethod
+    def steps(self) -> Sequence[Step]:
+        """The steps, in their order."""
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Run the steps."""
+        run(self, self.steps(), model, batches, self.prefix, self.importance)
+
+
+@dataclass
+class Steps(Preset):
+    """A calibration put together from steps.
+
+    Args:
+        list: the steps: rewrites first, then first parameters, searches, weights, biases.
+        prefix: what units see: the output of the units before them as they are ``quantized``, or as ``float``.
+        importance: share by which searches and corrections count the rows of a layer's output, which are tokens, by
+            the Fisher information of the float model's predictions; they count alike for the rest.
+    """
+
+    list: Sequence[Step]
+    prefix: Prefix = "quantized"
+    importance: Annotated[float, Range(low=0, high=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_order(self.list)
+
+    def steps(self) -> Sequence[Step]:
+        """The list."""
+        return self.list
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Raise QatError for a list that is empty, or that has a step of an earlier stage after one of a later."""
+    if not steps:
+        raise QatError("Steps: the list is empty: name at least one step, such as {class_path: OutputSearch}")
+    for before, after in pairwise(steps):
+        if after.stage < before.stage:
+            raise QatError(
+                f"Steps: {type(after).__name__} comes after {type(before).__name__}: the order is rewrites, first "
+                "parameters, searches, weights, biases"
+            )

@@ -1,0 +1,217 @@
+"""Steps that change weights and biases to make up for errors of quantization, without gradients.
+
+All of them work from the moments of a layer's input (`LayerWork`), with every unit and product before it quantized and
+corrected. Shapes: I inputs and O outputs of a layer, K candidates, G groups that share a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from qat.errors import QatError
+from qat.ptq.affine_fit import OutputMoments, affine_fit, bias_fit
+from qat.ptq.fpcs import LEVELS, best_parameters, space_of
+from qat.ptq.gptq import ALPHA, Grid, gptq
+from qat.ptq.layer_work import LayerWork
+from qat.ptq.matrix_products import MatrixProduct
+from qat.ptq.product_search import by_group, tried_values
+from qat.ptq.ridge import ridge, ridge_of_halves
+from qat.ptq.step import Stage, Step
+from qat.ptq.work import UnitWork, Work
+from qat.quantizers import Quantizer
+from qat.quantizers.space import Table
+from qat.ranges import Range, check_fields
+from qat.sites.insert import weights
+
+Damping = Annotated[float, Range(above=0, high=10)]
+
+
+@dataclass
+class Ridge(Step):
+    """The first step of ERQ (ICML 2024): weight and bias that make up for the quantizer of the layer's input.
+
+    The target is the float product of the same input before it is quantized. The range of the weight is then chosen
+    again, by the error of the output.
+
+    Args:
+        damping: of the ridge regression, as a share of the mean squared norm of an input; null chooses, for each
+            layer, the one with which either half of the images serves the other half best.
+    """
+
+    damping: Damping | None = None
+
+    stage = Stage.WEIGHTS
+    changes_weights = True
+    keeps_function = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def product(self, here: UnitWork, product: MatrixProduct) -> None:
+        """Correct the layer of a product, if its weight is to be calibrated."""
+        layer = here.layer(product)
+        if layer is None or not isinstance(layer.site, Quantizer):
+            return
+        with named(layer):
+            weight = layer.weight
+            if self.damping is None:
+                change, bias = ridge_of_halves(layer.halves, weight)
+            else:
+                change, bias = ridge(layer.moments, weight, self.damping)
+        layer.set_weight_(weight + change)
+        layer.add_bias_(bias)
+        fit_weight(layer)
+
+
+@dataclass
+class GPTQ(Step):
+    """Rounding of weights column by column, each making up for the errors before it: GPTQ, and GPTAQ (ICML 2025).
+
+    The best step for rounding to the nearest value is not the best one here, because later columns make up for what a
+    smaller step clips. So it is rounded with several, and each group keeps the one with the least error of its output.
+
+    Args:
+        damping: what is added to the diagonal of the moments, as a share of its mean.
+        alpha: share of the difference to the input of the float model that is made up for too (GPTAQ); 0 is GPTQ.
+        scales: factors of the present step that are tried.
+    """
+
+    damping: Damping = 0.3
+    alpha: Annotated[float, Range(low=0, high=1)] = ALPHA
+    scales: Sequence[Annotated[float, Range(low=0.1, high=10)]] = (1.0,)
+
+    stage = Stage.WEIGHTS
+    changes_weights = True
+    keeps_function = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.scales:
+            raise QatError("GPTQ: scales is empty: give factors of the step, such as 1.0")
+        self.needs_float = self.alpha > 0
+
+    def begin(self, work: Work) -> None:
+        """Refuse a weight whose values are not evenly spaced."""
+        for name, _, quantizer in weights(work.model):
+            if name in work.wanted and quantizer.affine() is None:
+                raise QatError(
+                    f"GPTQ rounds to evenly spaced values, and {name!r} has {quantizer.spec}: choose Uniform or LSQ "
+                    "there, or leave GPTQ out"
+                )
+
+    def product(self, here: UnitWork, product: MatrixProduct) -> None:
+        """Round the weight of a product."""
+        layer = here.layer(product)
+        affine = None if layer is None else layer.quantizer.affine()
+        if layer is None or affine is None:
+            return
+        gram, cross = layer.moments.inputs_gram, layer.float_moments.inputs_cross if self.alpha else None
+        weight, grids = layer.weight, [Grid.of(affine.scaled(factor), layer.weight) for factor in self.scales]
+        with named(layer):
+            together = weight.repeat(len(grids), 1)  # rows are rounded independently of each other
+            values = gptq(together, Grid.stacked(grids), gram, self.damping, cross, self.alpha)
+        values = values.unflatten(0, (len(grids), -1))  # (K, O, I)
+        D = values - weight
+        damped = gram + self.damping * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        errors = by_group(((D @ damped.float()) * D).sum(-1), layer.quantizer.layout, product.matrices.axes[1])
+        best = errors.argmin(0)  # (G,), or (1,) of all groups together
+        scales = torch.tensor(self.scales, device=best.device)[best]
+        layer.quantizer.set_({"step": layer.quantizer.step.detach() * scales})
+        rows = best.repeat_interleave(len(weight) // len(best))
+        layer.set_weight_(values[rows, torch.arange(len(weight), device=best.device)])
+
+
+@dataclass
+class BiasCorrection(Step):
+    """The mean error of every output goes into the bias, against the output in the float model.
+
+    Args:
+        affine: a factor for each output channel is fitted too; it goes into the steps of the weight, which has to be
+            quantized by channel.
+        damping: pulls the factor towards 1, as a share of the variance of the output.
+    """
+
+    affine: bool = False
+    damping: Annotated[float, Range(low=0, high=100)] = 1.0
+
+    stage = Stage.BIAS
+    changes_weights = True
+    keeps_function = False
+    needs_float = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def begin(self, work: Work) -> None:
+        """Refuse, where factors are fitted, a weight that has no step for each channel."""
+        for name, weight, quantizer in weights(work.model) if self.affine else ():
+            if name in work.wanted and quantizer.layout.groups != len(weight) and _is_layer(name):
+                raise QatError(
+                    f"BiasCorrection: affine is true, but {name!r} has {quantizer.spec}: factors need "
+                    "granularity channel; choose that, or leave affine out"
+                )
+
+    @torch.no_grad()
+    def product(self, here: UnitWork, product: MatrixProduct) -> None:
+        """Correct the bias of a product's layer."""
+        layer = here.layer(product)
+        if layer is None or layer.layer.bias is None:
+            return
+        matrix, (weight, bias) = product.matrices.right, here.original(product)
+        rounded = matrix(layer.quantizer(layer.layer.weight.float()))
+        now = layer.layer.bias.detach()
+        assert bias is not None
+        with named(layer):
+            found = OutputMoments.of_layer(layer.float_moments, (rounded, now), (matrix(weight), bias))
+            factor, constant = affine_fit(found, self.damping) if self.affine else (None, bias_fit(found))
+        if factor is not None:
+            layer.set_weight_(layer.weight * factor[:, None])
+            layer.quantizer.set_({"step": layer.quantizer.step.detach() * factor})
+            constant = constant + (factor - 1) * now
+        layer.add_bias_(constant)
+
+
+def _is_layer(name: str) -> bool:
+    """Whether the site is that of the weight of a layer; tables have other names."""
+    return name.rpartition(".")[2] == "weight_quant"
+
+
+class named:
+    """Adds the name of a layer to an error inside the block."""
+
+    def __init__(self, layer: LayerWork) -> None:
+        self.layer = layer
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, QatError):
+            raise QatError(f"layer {self.layer.name!r}: {error}") from None
+
+
+@torch.no_grad()
+def fit_weight(layer: LayerWork, levels: int = LEVELS) -> None:
+    """Choose the range of a weight by the error of the layer's output, from the moments of its input."""
+    quantizer, weight, gram = layer.quantizer, layer.layer.weight.detach().float(), layer.moments.inputs_gram.float()
+    space = space_of(quantizer, quantizer.grouped(weight))
+    if space is None:
+        quantizer.init_from(quantizer.grouped(weight))
+        return
+    matrix, axis = layer.product.matrices.right, layer.product.matrices.axes[1]
+
+    def deviations(table: Table) -> Tensor:
+        return matrix(tried_values(quantizer, weight, table)) - matrix(weight)  # (K, O, I)
+
+    def errors(table: Table) -> Tensor:
+        D = deviations(table)
+        return by_group(((D @ gram) * D).sum(-1), quantizer.layout, axis)
+
+    def quick(table: Table) -> Tensor:
+        return by_group(deviations(table).square() @ gram.diagonal(), quantizer.layout, axis)
+
+    quantizer.set_(best_parameters(space, errors, quick, levels).row)
