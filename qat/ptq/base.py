@@ -66,22 +66,22 @@ class PTQMethod(ABC):
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with no ``grad``, inside the block; put back modes, ``requires_grad``, ``grad`` and switches."""
-    training = [(module, module.training) for module in model.modules()]
+    training = [(name, module.training) for name, module in model.named_modules()]  # by name: sites may be replaced
     learning = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    enabled = [(quantizer, quantizer.enabled) for _, quantizer in quantizers(model)]
+    enabled = [(name, quantizer.enabled) for name, quantizer in quantizers(model)]
     try:
         model.eval()
         for parameter, _, _ in learning:
             parameter.grad = None
         yield
     finally:
-        for module, before in training:
-            module.training = before
+        for name, before in training:
+            model.get_submodule(name).training = before
         for parameter, required, grad in learning:
             parameter.requires_grad_(required)
             parameter.grad = grad
-        for quantizer, before in enabled:
-            quantizer.enabled = before
+        for name, before in enabled:
+            cast(Quantizer, model.get_submodule(name)).enabled = before
 
 
 @contextmanager

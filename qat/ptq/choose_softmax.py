@@ -18,13 +18,16 @@ from qat.ptq.matrix_products import MatrixProduct
 from qat.ptq.output_search import OutputSearch
 from qat.ptq.product_search import Operand, ProductSearch
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import SAMPLES, UnitWork, drawn
+from qat.ptq.work import SAMPLES, UnitWork, Work, drawn
 from qat.quantizers import AdaLog, BitLog2, LogSqrt2, Quantizer, Spec, Uniform
+from qat.quantizers.adalog import MAX_ADALOG_BITS
 from qat.quantizers.bitlog2 import MAX_BITLOG_BITS
+from qat.quantizers.logarithmic import MAX_LOG_BITS
 from qat.ranges import Range, check_fields
 
 Kind = Literal["uniform", "logsqrt2", "bitlog2", "adalog"]
 KINDS: tuple[Kind, ...] = ("uniform", "logsqrt2", "bitlog2", "adalog")
+MOST_BITS: dict[Kind, int] = {"logsqrt2": MAX_LOG_BITS, "bitlog2": MAX_BITLOG_BITS, "adalog": MAX_ADALOG_BITS}
 SITE = "probs_quant"
 
 
@@ -48,6 +51,15 @@ class ChooseSoftmax(Step):
         check_fields(self)
         if not self.kinds:
             raise QatError(f"ChooseSoftmax: kinds is empty: give some of {', '.join(KINDS)}")
+
+    def begin(self, work: Work) -> None:
+        """Refuse a site of more bits than any candidate has."""
+        for name, quantizer in work.wanted.items():
+            if name.rpartition(".")[2] == SITE and not candidates(quantizer.spec, self.kinds):
+                raise QatError(
+                    f"ChooseSoftmax: none of {', '.join(self.kinds)} has {quantizer.spec.width} bits, those of "
+                    f"{name!r}: add uniform to kinds"
+                )
 
     def product(self, here: UnitWork, product: MatrixProduct) -> None:
         """Choose for one layer, if this is the product of its probabilities with its values."""
@@ -76,5 +88,4 @@ def candidates(spec: Spec, kinds: Sequence[Kind]) -> list[Spec]:
     """The specs of candidates, with the width and the granularity of another spec."""
     options: dict[str, Any] = {"bits": spec.width, "granularity": spec.granularity}
     classes: dict[Kind, type[Spec]] = {"uniform": Uniform, "logsqrt2": LogSqrt2, "bitlog2": BitLog2, "adalog": AdaLog}
-    kinds = [kind for kind in kinds if kind != "bitlog2" or spec.width <= MAX_BITLOG_BITS]
-    return [classes[kind](**options) for kind in kinds]
+    return [classes[kind](**options) for kind in kinds if spec.width <= MOST_BITS.get(kind, spec.width)]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
+from qat.ptq.channel_ranges import best_strength, fit_channels, to_common_range
 from qat.ptq.norms import fold
 from qat.ptq.search import calibrate_by_percentiles_
 from qat.ptq.step import Stage, Step
-from qat.ptq.tensor_search import fit
 from qat.ptq.work import UnitWork, Work
 from qat.quantizers import Layout, Quantizer, UniformQuantizer
 from qat.ranges import Range, check_fields
@@ -38,13 +38,13 @@ class FoldNorms(Step):
         optional: norms whose readers have no Uniform with a single step are left as they are; otherwise such a reader,
             and a model without a norm to fold, is refused.
         strength: power of the ratios of the channels' scales: 1 moves all of their differences to the weights, as
-            RepQ-ViT does, 0 none.
+            RepQ-ViT does, 0 none; null searches for each norm, by the error of the layers that read it.
     """
 
     shares: Sequence[Annotated[float, Range(above=0.5, high=1)]] | None = None
     samples: Annotated[int, Range(1, 1_000_000_000)] = 2048
     optional: bool = False
-    strength: Annotated[float, Range(low=0, high=1)] = 1.0
+    strength: Annotated[float, Range(low=0, high=1)] | None = 1.0
 
     stage = Stage.REWRITE
     changes_weights = True
@@ -69,12 +69,16 @@ class FoldNorms(Step):
         names = {link.norm: f"{link.readers[0]}.input_quant" for link in links}  # all readers see one tensor
         found = here.samples({names[norm]: quantizer for norm, quantizer in channels.items()}, self.samples)
         for link in links:
-            self._calibrate(channels[link.norm], found[names[link.norm]])
-            reparameterize(here.model, link, channels[link.norm], self.strength)
+            rows = found[names[link.norm]]
+            self._calibrate(channels[link.norm], rows)
+            strength = self.strength
+            if strength is None:
+                strength = best_for(here.model, link, channels[link.norm], rows.T)
+            reparameterize(here.model, link, channels[link.norm], strength)
 
     def _calibrate(self, quantizer: UniformQuantizer, rows: Tensor) -> None:
         if self.shares is None:
-            fit(quantizer, rows, levels=1)
+            fit_channels(quantizer, rows)
         else:
             calibrate_by_percentiles_(quantizer, rows, self.shares)
 
@@ -122,18 +126,29 @@ def input_site(model: nn.Module, layer: str) -> UniformQuantizer:
     return cast(UniformQuantizer, model.get_submodule(f"{layer}.input_quant"))
 
 
+def best_for(model: nn.Module, link: NormLink, channels: UniformQuantizer, rows: Tensor) -> float:
+    """The best strength for a norm, on rows of its output (n, C)."""
+    site = input_site(model, link.readers[0])
+    layers = [model.get_submodule(name) for name in link.readers]
+    return best_strength(channels, *common(channels, site), rows, site, layers)
+
+
+def common(channels: UniformQuantizer, site: UniformQuantizer) -> tuple[Tensor, Tensor]:
+    """The means of steps and zero points, float64, which a site is given (equation 5 of RepQ-ViT)."""
+    return site.set_affine_(channels.step.double().mean(), channels.zero_point.double().mean())
+
+
 @torch.no_grad()
 def reparameterize(model: nn.Module, link: NormLink, channels: UniformQuantizer, strength: float = 1.0) -> None:
     """Fold scales and zero points (C,) of the output of a norm into the norm and its readers.
 
     The quantizers of the readers get the means that are left (equations 5 to 8 of RepQ-ViT).
+
+    Args:
+        model: has the norm and the readers.
+        link: names them.
+        channels: a step and a zero point for each channel.
+        strength: power of the ratios.
     """
-    step, zero = channels.step.double(), channels.zero_point.double()
-    for name in link.readers:
-        mean_step, mean_zero = input_site(model, name).set_affine_(step.mean(), zero.mean())
-    ratio = (step / mean_step) ** strength
-    middle = (channels.spec.qmin + channels.spec.qmax) / 2
-    if strength == 1:
-        fold(model, link, ratio, shift=step * (zero - mean_zero))
-    else:
-        fold(model, link, ratio, shift=ratio * (middle - mean_zero) * mean_step - (middle - zero) * step)
+    step, zero = [common(channels, input_site(model, name)) for name in link.readers][-1]
+    fold(model, link, *to_common_range(channels, step, zero, strength))

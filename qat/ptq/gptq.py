@@ -16,7 +16,6 @@ Shapes: O outputs, I inputs, B columns of a block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,12 +42,6 @@ class Grid(NamedTuple):
         layout = Layout(affine.axis or 0, len(affine.scale), batched=False)
         step, zero = (layout.view(x.detach(), weight).expand_as(weight) for x in (affine.scale, affine.zero_point))
         return cls(step, zero, affine.qmin, affine.qmax)
-
-    @classmethod
-    def stacked(cls, grids: Sequence[Grid]) -> Grid:
-        """The grid of several weights (O, I), one below the other (K * O, I)."""
-        step, zero = (torch.cat([getattr(grid, name) for grid in grids]) for name in ("step", "zero_point"))
-        return cls(step, zero, grids[0].qmin, grids[0].qmax)
 
     def rounded(self, values: Tensor, i: int) -> Tensor:
         """The nearest values of the grid for column ``i`` (O,), computed as the quantizer does it."""

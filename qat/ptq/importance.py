@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, switched_off
 
+SEED = 0
 Importance = dict[str, list[list[Tensor]]]  # by name of a layer, for every batch and visit: (B, n / B)
 
 
@@ -30,7 +31,7 @@ def row_importance(model: nn.Module, batches: Iterable[Tensor], layers: Mapping[
         layers: linear layers and convolutions, by name.
     """
     found: Importance = {name: [] for name in layers}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in learning:

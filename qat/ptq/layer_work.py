@@ -85,10 +85,14 @@ class LayerWork:
     def halves(self) -> tuple[Moments, Moments]:
         """Moments of two halves of the images: of the quantized input, with itself before it is quantized beside it."""
         found, name = (self._empty(), self._empty()), self.product.left
-        for seen, counts in zip(self.here.watched([name], quantized=True), self._counts(), strict=True):
+        first, watched = 0, self.here.watched([name], quantized=True)
+        for batch, seen, counts in zip(self.here.inputs, watched, self._counts(), strict=True):
             for x, count in zip(seen[name], counts, strict=True):
-                for half, k in zip(found, (0, 1), strict=True):
-                    half.update(*self._rows(x[k::2]), weights=None if count is None else count[k::2].flatten())
+                image = first + torch.arange(len(x), device=x.device) // max(1, len(x) // len(batch))  # it may be cut
+                for k, half in enumerate(found):
+                    mine = image % 2 == k
+                    half.update(*self._rows(x[mine]), weights=None if count is None else count[mine].flatten())
+            first += len(batch)
         self._check(found[0])
         return found
 

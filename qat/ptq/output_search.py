@@ -51,6 +51,8 @@ class OutputSearch(Step):
         seen = product.matrices
         left = self._operand(here, product.left, found[product.left], seen.left, seen.axes[0])
         left.roots = roots
+        if seen.weight is not None and seen.weight.ndim > 2:
+            left.space = None  # images have 8 bits, and cutting them into patches for every candidate takes a minute
         x = found[product.right] if seen.weight is None else [seen.weight.detach().float()]
         right = self._operand(here, product.right, x, seen.right, seen.axes[1])
         if left.space is not None or right.space is not None:
@@ -90,7 +92,7 @@ def samples(product: MatrixProduct, x: Tensor, rows: int) -> Tensor:
     """As many samples of one batch of an operand as give the rows that are wanted; the class token is among them."""
     matrices = product.matrices
     if matrices.weight is not None and x.ndim == 3:  # images of tokens: the class token comes first
-        x = drawn(x, ceil(rows / len(x)), axis=1, first=1)
+        return matrices.samples(drawn(x, ceil(rows / len(x)), axis=1, first=1)).clone()
     x = matrices.samples(x)
     return drawn(x, ceil(rows / matrices.rows_of(x))).clone()
 
@@ -101,7 +103,7 @@ def samples_of_counts(product: MatrixProduct, counts: Tensor, x: Tensor, rows: i
     if each > 1:  # a sample is an image
         return drawn(counts, ceil(rows / each)).reshape(-1, 1)
     if x.ndim == 3:
-        counts = drawn(counts, ceil(rows / len(x)), axis=1, first=1)
+        return drawn(counts, ceil(rows / len(x)), axis=1, first=1).reshape(-1, 1)
     return drawn(counts.reshape(-1, 1), rows)
 
 

@@ -173,12 +173,6 @@ class OperandErrors:
             found.append(by_group(error_map(D), self.quantizer.layout, operand.axis))
         return sum(found[1:], found[0])
 
-    def _by_diagonal(self, table: Table) -> Tensor:
-        """The errors of a weight, but with the inputs of the layer taken as uncorrelated."""
-        weight, power = self.operand.tensors[0], [m.square().mean(0) for m in self.others]
-        D = self.operand.matrix(tried_values(self.quantizer, weight, table)) - self.matrices[0]
-        return by_group(D.square() @ sum(power[1:], power[0]), self.quantizer.layout, self.operand.axis)
-
     def quick(self) -> Errors | None:
         """A cheaper estimate, for the first decisions: on a part of the rows, or of the matrices.
 
@@ -186,7 +180,7 @@ class OperandErrors:
         """
         x = self.operand.tensors[0]
         if not self.quantizer.layout.batched:
-            return self._by_diagonal
+            return None  # a weight's errors take a product with G, whose size does not depend on the number of rows
         rows = max(1, len(self.targets[0]) // len(x)) if self.targets[0].ndim == 2 else 1  # that a sample gives
         stride = min(QUICK if rows == 1 and self.targets[0].ndim == 2 else QUICK // 4, len(x) // 2)
         if stride < 2:

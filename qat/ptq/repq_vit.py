@@ -17,6 +17,7 @@ from qat.ptq.steps import Preset
 from qat.ptq.work import UnitWork
 from qat.quantizers import Quantizer
 from qat.ranges import Range, check_fields
+from qat.sites.insert import switched_off
 
 Shares = Sequence[Annotated[float, Range(above=0.5, high=1)]]
 
@@ -40,10 +41,12 @@ class Percentiles(Step):
 
     def unit(self, here: UnitWork) -> None:
         """Fill the sites of a unit, but for those that a rewrite has filled; each sees those before it quantized."""
-        for _, weight, quantizer in here.wanted_weights():
-            self._fill("", quantizer, quantizer.grouped(weight.detach().float()))
+        weights = here.wanted_weights()
         rest = {name: q for name, q in here.wanted_activations().items() if not q.calibrated}
-        calibrate_in_order(here.unit, here.inputs, rest, self._fill)
+        with switched_off(site.quantizer for site in weights):  # folded ones are coarser
+            calibrate_in_order(here.unit, here.inputs, rest, self._fill)
+        for _, weight, quantizer in weights:
+            self._fill("", quantizer, quantizer.grouped(weight.detach().float()))
 
     def _fill(self, name: str, quantizer: Quantizer, samples: Tensor) -> None:
         calibrate_by_percentiles_(quantizer, samples, self.shares)

@@ -10,6 +10,7 @@ from qat.ptq.hadamard import has_hadamard, rotatable, rotate_heads
 from qat.ptq.step import Stage, Step
 from qat.ptq.work import UnitWork, Work
 from qat.ranges import check_fields
+from qat.sites.insert import quantizers
 
 
 @dataclass
@@ -33,7 +34,7 @@ class RotateHeads(Step):
         self._names = [
             name for name, module in work.model.named_modules()
             if isinstance(module, QuantHeads) and any(rotatable(module)) and has_hadamard(module.head_dim)
-            and any(site.startswith(f"{name}.") for site in work.wanted)
+            and is_open(work, name)
         ]  # fmt: skip
         if work.wanted and not self._names and not self.optional:
             raise QatError("RotateHeads finds no attention that it can rotate in this model: leave it out")
@@ -44,3 +45,9 @@ class RotateHeads(Step):
         for name in self._names:
             if name.startswith(inside):
                 rotate_heads(here.model, name)
+
+
+def is_open(work: Work, name: str) -> bool:
+    """Whether an attention has sites, and all of them are still to be calibrated."""
+    inside = [site for site, _ in quantizers(work.model) if site.startswith(f"{name}.")]
+    return bool(inside) and all(site in work.wanted for site in inside)

@@ -42,11 +42,9 @@ class Step(PTQMethod):
     """A step of a calibration; alone, it is one that has only this step.
 
     Attributes:
-        keeps_function: the float model computes the same after it; this is checked for rewrites.
         needs_float: it reads what reaches a layer in the float model.
     """
 
-    keeps_function = True
     needs_float = False
 
     @property
@@ -100,7 +98,7 @@ def run(
             tensors, float_tensors = here.outputs(), here.float_outputs
             progress.advance(1)
     for name, quantizer in work.wanted.items():
-        if not quantizer.calibrated and name not in work.reached:
+        if quantizer.layout.batched and not quantizer.calibrated and name not in work.reached:
             raise QatError(f"no calibration image reached {name!r}: raise calibration.images")
         raise_unless_calibrated(name, quantizer)
 

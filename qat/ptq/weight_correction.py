@@ -6,7 +6,6 @@ corrected. Shapes: I inputs and O outputs of a layer, K candidates, G groups tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -47,7 +46,6 @@ class Ridge(Step):
 
     stage = Stage.WEIGHTS
     changes_weights = True
-    keeps_function = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -72,27 +70,19 @@ class Ridge(Step):
 class GPTQ(Step):
     """Rounding of weights column by column, each making up for the errors before it: GPTQ, and GPTAQ (ICML 2025).
 
-    The best step for rounding to the nearest value is not the best one here, because later columns make up for what a
-    smaller step clips. So it is rounded with several, and each group keeps the one with the least error of its output.
-
     Args:
         damping: what is added to the diagonal of the moments, as a share of its mean.
         alpha: share of the difference to the input of the float model that is made up for too (GPTAQ); 0 is GPTQ.
-        scales: factors of the present step that are tried.
     """
 
     damping: Damping = 0.3
     alpha: Annotated[float, Range(low=0, high=1)] = ALPHA
-    scales: Sequence[Annotated[float, Range(low=0.1, high=10)]] = (1.0,)
 
     stage = Stage.WEIGHTS
     changes_weights = True
-    keeps_function = False
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.scales:
-            raise QatError("GPTQ: scales is empty: give factors of the step, such as 1.0")
         self.needs_float = self.alpha > 0
 
     def begin(self, work: Work) -> None:
@@ -110,20 +100,10 @@ class GPTQ(Step):
         affine = None if layer is None else layer.quantizer.affine()
         if layer is None or affine is None:
             return
-        gram, cross = layer.moments.inputs_gram, layer.float_moments.inputs_cross if self.alpha else None
-        weight, grids = layer.weight, [Grid.of(affine.scaled(factor), layer.weight) for factor in self.scales]
+        weight, cross = layer.weight, layer.float_moments.inputs_cross if self.alpha else None
         with named(layer):
-            together = weight.repeat(len(grids), 1)  # rows are rounded independently of each other
-            values = gptq(together, Grid.stacked(grids), gram, self.damping, cross, self.alpha)
-        values = values.unflatten(0, (len(grids), -1))  # (K, O, I)
-        D = values - weight
-        damped = gram + self.damping * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-        errors = by_group(((D @ damped.float()) * D).sum(-1), layer.quantizer.layout, product.matrices.axes[1])
-        best = errors.argmin(0)  # (G,), or (1,) of all groups together
-        scales = torch.tensor(self.scales, device=best.device)[best]
-        layer.quantizer.set_({"step": layer.quantizer.step.detach() * scales})
-        rows = best.repeat_interleave(len(weight) // len(best))
-        layer.set_weight_(values[rows, torch.arange(len(weight), device=best.device)])
+            grid, gram = Grid.of(affine, weight), layer.moments.inputs_gram
+            layer.set_weight_(gptq(weight, grid, gram, self.damping, cross, self.alpha))
 
 
 @dataclass
@@ -141,7 +121,6 @@ class BiasCorrection(Step):
 
     stage = Stage.BIAS
     changes_weights = True
-    keeps_function = False
     needs_float = True
 
     def __post_init__(self) -> None:
@@ -204,14 +183,8 @@ def fit_weight(layer: LayerWork, levels: int = LEVELS) -> None:
         return
     matrix, axis = layer.product.matrices.right, layer.product.matrices.axes[1]
 
-    def deviations(table: Table) -> Tensor:
-        return matrix(tried_values(quantizer, weight, table)) - matrix(weight)  # (K, O, I)
-
     def errors(table: Table) -> Tensor:
-        D = deviations(table)
+        D = matrix(tried_values(quantizer, weight, table)) - matrix(weight)  # (K, O, I)
         return by_group(((D @ gram) * D).sum(-1), quantizer.layout, axis)
 
-    def quick(table: Table) -> Tensor:
-        return by_group(deviations(table).square() @ gram.diagonal(), quantizer.layout, axis)
-
-    quantizer.set_(best_parameters(space, errors, quick, levels).row)
+    quantizer.set_(best_parameters(space, errors, levels=levels).row)

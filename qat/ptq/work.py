@@ -122,9 +122,10 @@ class UnitWork:
             quantized: the sites before them are on; otherwise all sites are off.
         """
         sites = {name: self.model.get_submodule(name) for name in names}
-        with switched_off([] if quantized and self.prefix == "quantized" else self.off):
-            for x in self.inputs:
-                yield self._watch(sites, x)
+        for x in self.inputs:
+            with switched_off([] if quantized and self.prefix == "quantized" else self.off):
+                found = self._watch(sites, x)
+            yield found  # outside: whoever reads it calls sites and layers as they are
 
     def float_watched(self, names: Iterable[str]) -> Iterator[Visits]:
         """The same in the float model, with the weights that the layers had before steps changed them."""
@@ -132,7 +133,8 @@ class UnitWork:
         sites = {name: self.model.get_submodule(name) for name in names}
         for x in self.float_inputs:
             with switched_off(self.off), self._original_weights():
-                yield self._watch(sites, x)
+                found = self._watch(sites, x)
+            yield found
 
     def _watch(self, sites: Mapping[str, nn.Module], x: Tensor) -> Visits:
         seen: Visits = {name: [] for name in sites}
@@ -169,10 +171,11 @@ class UnitWork:
 
     def remember(self) -> None:
         """Keep, before steps change weights, what the unit computes in the float model, and its weights."""
-        if self.float_inputs is None:
+        if self.float_inputs is not None:
+            with switched_off(self.off):
+                self.float_outputs = [self.unit.run(x) for x in self.float_inputs]
+        elif self.prefix == "quantized":
             return
-        with switched_off(self.off):
-            self.float_outputs = [self.unit.run(x) for x in self.float_inputs]
         for product in self.products:
             if product.matrices.weight is not None:
                 layer: Any = self.model.get_submodule(product.right.rpartition(".")[0])
@@ -181,14 +184,20 @@ class UnitWork:
 
     @contextmanager
     def _original_weights(self) -> Iterator[None]:
-        now = [(layer, layer.weight.data, layer.bias.data) for layer, _, _ in self._originals.values()]
-        for layer, weight, bias in self._originals.values():
-            layer.weight.data, layer.bias.data = weight, bias
+        before = [
+            (tensor, kept)
+            for layer, *pair in self._originals.values()
+            for tensor, kept in zip((layer.weight, layer.bias), pair, strict=True)
+            if kept is not None
+        ]
+        now = [(tensor, tensor.data) for tensor, _ in before]
+        for tensor, kept in before:
+            tensor.data = kept
         try:
             yield
         finally:
-            for layer, weight, bias in now:
-                layer.weight.data, layer.bias.data = weight, bias
+            for tensor, kept in now:
+                tensor.data = kept
 
     def original(self, product: MatrixProduct) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias of a layer, before steps changed them."""
@@ -197,7 +206,9 @@ class UnitWork:
 
     def outputs(self) -> list[Tensor]:
         """What the unit gives to the next one."""
-        with switched_off([] if self.prefix == "quantized" else self.off):
+        if self.prefix == "quantized":
+            return [self.unit.run(x) for x in self.inputs]
+        with switched_off(self.off), self._original_weights():
             return [self.unit.run(x) for x in self.inputs]
 
     @torch.no_grad()

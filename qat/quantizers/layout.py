@@ -55,7 +55,3 @@ class Affine(NamedTuple):
     axis: int | None
     qmin: int
     qmax: int
-
-    def scaled(self, factor: float) -> Affine:
-        """The same codes with every scale times a factor."""
-        return self._replace(scale=self.scale * factor)

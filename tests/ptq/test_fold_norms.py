@@ -12,6 +12,7 @@ from qat.ptq.steps import Steps
 from qat.ptq.tensor_search import TensorSearch
 from qat.quantizers import LSQ, Uniform
 from qat.recipe import Rule, build_recipe
+from qat.sites.hooks import watching
 from qat.sites.insert import quantize, quantizers, switched_off
 from tests.contracts.test_families import float_model, images
 from tests.ptq.test_output_search import batches, tiny
@@ -44,6 +45,35 @@ def test_norms_and_their_readers_change_and_the_float_model_does_not(shares, opt
         torch.testing.assert_close(model(images()), plain(images()), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5, 0.9])
+@torch.no_grad()
+def test_a_part_of_the_differences_is_moved_and_all_channels_lie_around_one_middle(strength):
+    model = tiny("deit", Rule("*.input_quant", Uniform(8)))
+    model.blocks[0].norm1.weight[3] = 20.0
+    model.blocks[0].norm1.bias[3] = 40.0
+    plain = copy.deepcopy(model)
+    FoldNorms(shares=[1.0], strength=strength)(model, batches())
+    with switched_off(q for m in (model, plain) for _, q in quantizers(m)):
+        torch.testing.assert_close(model(images()), plain(images()), atol=1e-4, rtol=1e-4)
+        x, before = (norm_output(m) for m in (model, plain))
+    width, wide = (y.amax((0, 1)) - y.amin((0, 1)) for y in (x, before))
+    step = wide / 255
+    torch.testing.assert_close(width, wide / (step / step.mean()) ** strength, rtol=0.01, atol=0)
+    site = model.blocks[0].attn.qkv.input_quant
+    middle = (127.5 - site.zero_point) * site.step
+    half = (x.amax((0, 1)) + x.amin((0, 1))) / 2 - middle
+    assert (half.abs() <= step / (step / step.mean()) ** strength).all(), "zero points are whole numbers of steps"
+
+
+def norm_output(model: nn.Module) -> Tensor:
+    """Of the first norm, for the calibration images."""
+    seen: list[Tensor] = []
+    with watching({"": model.blocks[0].norm1}, after=lambda _, args, out: seen.append(out)):
+        for x in batches():
+            model(x)
+    return torch.cat(seen)
+
+
 @torch.no_grad()
 def test_a_channel_that_stands_out_costs_less_when_it_is_folded():
     errors = []
@@ -72,7 +102,7 @@ def test_readers_without_a_single_zero_point_are_left_out_or_refused(spec):
 @pytest.mark.parametrize("name", ["aimv2", "post_norm"])
 def test_a_model_without_norms_to_fold_is_refused_or_left_as_it_is(name):
     model = quantize(float_model(name), UNIFORM)
-    with pytest.raises(QatError, match="FoldNorms rewrites LayerNorms that linear layers read, and this model has none"):
+    with pytest.raises(QatError, match=r"FoldNorms rewrites LayerNorms that .* this model has none"):
         FoldNorms()(model, batches())
     before = copy.deepcopy(model.state_dict())
     FoldNorms(optional=True)(model, batches())
@@ -102,5 +132,7 @@ def test_weights_in_floating_point_do_not_matter():
 def test_options_that_are_no_upper_ends_are_refused():
     with pytest.raises(QatError, match=r"FoldNorms: shares is empty: give quantiles above 0.5 and at most 1"):
         FoldNorms(shares=[])
+    with pytest.raises(QatError, match="FoldNorms: strength is 2"):
+        FoldNorms(strength=2.0)
     with pytest.raises(QatError, match="FoldNorms: samples is 0"):
         FoldNorms(samples=0)

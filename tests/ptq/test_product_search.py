@@ -16,7 +16,6 @@ from qat.ptq.product_search import (
 )
 from qat.quantizers import LSQ, BitLog2, Layout, Quantizer, Uniform
 from qat.quantizers.candidates import TableSpace
-from qat.quantizers.space import Table
 from qat.quantizers.spec import Spec
 from qat.sites.insert import FloatSite
 
@@ -177,7 +176,7 @@ def test_rows_count_as_often_as_their_roots_say():
         product.search_(2)
         found.append((sums, [left.step.item(), *right.step.tolist()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)  # sums of float32 in another order
-    assert found[0][1] == found[1][1]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)  # the last points lie closer than float32 tells apart
 
 
 def test_a_site_in_floating_point_is_an_operand_without_error():

@@ -95,9 +95,9 @@ def test_a_whole_model_computes_what_steps_per_channel_compute(name, monkeypatch
     rules = [rule for rule in build_recipe("repq_vit", w_bits=8, a_bits=4) if "weight" not in rule.match]
     model, kept = quantize(float_model(name), rules), {}
 
-    def keep(model: nn.Module, link: NormLink, channels: UniformQuantizer) -> None:
+    def keep(model: nn.Module, link: NormLink, channels: UniformQuantizer, strength: float) -> None:
         kept[link.linear] = copy.deepcopy(channels)
-        reparameterize(model, link, channels)
+        reparameterize(model, link, channels, strength)
 
     monkeypatch.setattr("qat.ptq.fold_norms.reparameterize", keep)
     RepQViT()(model, [images(8)])

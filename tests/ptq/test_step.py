@@ -33,7 +33,9 @@ FRACTIONAL = Uniform(4, granularity="channel", zero="fractional")
 class Told(Step):
     """Writes down when it is called."""
 
-    def __init__(self, stage: Stage, calls: list[str]) -> None:
+    stage = Stage.SEARCH
+
+    def __init__(self, calls: list[str], stage: Stage = Stage.SEARCH) -> None:
         self.stage, self.calls = stage, calls
 
     def begin(self, work: Work) -> None:
@@ -79,7 +81,7 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
 
 def test_the_order_of_calls():
     calls: list[str] = []
-    Steps([Told(stage, calls) for stage in Stage])(tiny(), batches())
+    Steps([Told(calls, stage) for stage in Stage])(tiny(), batches())
     names = [stage.name for stage in Stage]
     assert calls[:5] == [f"{name} begins" for name in names]
     first, second, *_ = family_of(tiny()).units(tiny())
@@ -96,7 +98,7 @@ def test_what_no_step_fills_starts_by_the_init_of_its_spec():
     """In the first block, where nothing has been quantized before: the same as by `InitSteps`."""
     spec = LSQ(8, init="percentile", percentile=100)
     rules = [Rule("blocks.0.*residual_quant", spec), Rule("blocks.0.mlp.fc1.*", spec)]
-    model, plain, bare = tiny("deit", *rules), tiny("deit", *rules), Told(Stage.SEARCH, [])
+    model, plain, bare = tiny("deit", *rules), tiny("deit", *rules), Told([])
     bare(model, batches())
     InitSteps()(plain, batches())
     names = [name for name, _ in quantizers(model)]

@@ -53,7 +53,10 @@ def assert_same(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]
     ("steps", "message"),
     [
         ([], "Steps: the list is empty: name at least one step"),
-        ([OutputSearch(), TensorSearch()], "Steps: TensorSearch comes after OutputSearch: the order is rewrites, first"),
+        (
+            [OutputSearch(), TensorSearch()],
+            "Steps: TensorSearch comes after OutputSearch: the order is rewrites",
+        ),
         ([TensorSearch(), FoldNorms()], "Steps: FoldNorms comes after TensorSearch"),
         ([BiasCorrection(), Ridge()], "Steps: Ridge comes after BiasCorrection"),
         ([GPTQ(), ChooseSoftmax()], "Steps: ChooseSoftmax comes after GPTQ"),

@@ -111,8 +111,8 @@ def test_gptq_leaves_weights_on_the_grid_of_their_quantizer(name, recipe):
     model = tiny(name, *build_recipe(recipe, w_bits=3, a_bits=4))
     Steps([TensorSearch(), Ridge(), GPTQ()])(model, batches())
     layers = [site.name.removesuffix(".weight_quant") for site in weights(model)]
-    pads = {name for name in layers if getattr(model.get_submodule(name), "options", {}).get("padding", (0, 0)) != (0, 0)}
-    rounded = [name for name in layers if name not in pads]  # patches with zeros of padding are no product of a site
+    rounded = [x for x in layers if model.get_submodule(x).products()[0].matrices is not None]
+    assert len(layers) - len(rounded) == (4 if name == "sret" else 0), "convolutions that pad"
     with torch.no_grad():
         for layer in map(model.get_submodule, rounded):
             assert torch.equal(layer.weight_quant(layer.weight), layer.weight)
@@ -126,12 +126,13 @@ def test_gptq_has_less_error_than_the_nearest_values(alpha):
     here.remember()
     for layer in layers(here):
         q, _ = reads(here, layer, here.inputs)
-        weight, nearest = layer.weight, layer.quantizer(layer.weight)
+        weight, nearest = layer.weight.clone(), layer.quantizer(layer.weight)
         GPTQ(damping=0.01, alpha=alpha).product(here, layer.product)
         rounded = layer.quantizer(layer.weight)
         assert (q @ (rounded - weight).T).square().mean() < 0.9 * (q @ (nearest - weight).T).square().mean()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("spec", [Uniform(4, zero="fractional"), LSQ(4, signed=False, offset=True)], ids=repr)
 def test_gptq_refuses_weights_without_evenly_spaced_whole_codes(spec):
     model = tiny("deit", FINE, Rule("blocks.1.mlp.fc1.weight_quant", spec))
@@ -140,7 +141,10 @@ def test_gptq_refuses_weights_without_evenly_spaced_whole_codes(spec):
         GPTQ()(model, batches())
 
 
-@pytest.mark.parametrize("steps", [[], [Ridge(), GPTQ()]], ids=["rounding", "corrected"])
+CORRECTED = [[BiasCorrection()], [Ridge(), GPTQ(), BiasCorrection()], [GPTQ(), BiasCorrection(affine=True)]]
+
+
+@pytest.mark.parametrize("steps", CORRECTED, ids=["rounding", "corrected", "affine"])
 @pytest.mark.parametrize("name", ["deit", "swin"])
 @torch.no_grad()
 def test_bias_correction_makes_the_mean_error_of_every_output_vanish(name, steps):
@@ -163,10 +167,34 @@ def test_bias_correction_makes_the_mean_error_of_every_output_vanish(name, steps
 
     with switched_off(quantizer for _, quantizer in quantizers(plain)):
         exact = means(plain)
-    Steps([TensorSearch(), *steps, BiasCorrection()])(model, batches(2, count))
+    Steps([TensorSearch(), *steps])(model, batches(2, count))
     found = means(model)
     for name in names:
         assert (found[name] - exact[name]).abs().max() <= 1e-4 * exact[name].abs().max(), name  # float32 of many rows
+
+
+@torch.no_grad()
+def test_an_affine_correction_has_less_error_and_keeps_the_codes():
+    errors, codes = [], []
+    for affine in (False, True):
+        here = started(*build_recipe("uniform", w_bits=2, a_bits=3), count=4, images=8, floats=True)
+        here.remember()
+        (layer, *_) = layers(here)
+        weight, bias = layer.weight.clone(), bias_of(layer)
+        exact = [x for v in here.float_watched([layer.product.left]) for x in v[layer.product.left]]
+        target = torch.cat([layer._rows(x)[1] for x in exact]) @ weight.T + bias
+        BiasCorrection(affine=affine, damping=0.0).product(here, layer.product)
+        q, _ = reads(here, layer, here.inputs)
+        errors.append((q @ layer.quantizer(layer.weight).T + bias_of(layer) - target).square().mean())
+        codes.append(layer.quantizer.encode(layer.weight))
+    assert errors[1] < errors[0]
+    assert torch.equal(*codes)
+
+
+def test_an_affine_correction_needs_steps_by_channel():
+    model = tiny("deit", FINE, Rule("blocks.0.mlp.fc1.weight_quant", Uniform(4)))
+    with pytest.raises(QatError, match=r"affine is true, but 'blocks\.0\.mlp\.fc1\.weight_quant' has Uniform\("):
+        BiasCorrection(affine=True)(model, batches())
 
 
 def test_bias_correction_goes_through_a_convolution_without_a_bias():
@@ -208,6 +236,7 @@ def test_the_range_of_a_corrected_weight_is_that_of_the_least_output_error():
         (lambda: Ridge(damping=0.0), "Ridge: damping is 0"),
         (lambda: GPTQ(damping=-1.0), "GPTQ: damping is -1"),
         (lambda: GPTQ(alpha=1.5), "GPTQ: alpha is 1.5"),
+        (lambda: BiasCorrection(damping=-1.0), "BiasCorrection: damping is -1"),
     ],
 )
 def test_an_option_out_of_range_is_refused(make, message):
