@@ -42,7 +42,7 @@ class Frontier(Preset):
         """The list."""
         return [
             RotateHeads(optional=True),
-            FoldNorms(optional=True),
+            FoldNorms(optional=True, strength=None),
             TensorSearch(),
             OutputSearch(rounds=self.rounds, rows=self.rows),
             Ridge(),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, switched_off
 
-SEED = 0
+LABELS = 4  # drawn for each image: with a single one, the importance of a row is mostly chance
 Importance = dict[str, list[list[Tensor]]]  # by name of a layer, for every batch and visit: (B, n / B)
 
 
@@ -31,7 +31,7 @@ def row_importance(model: nn.Module, batches: Iterable[Tensor], layers: Mapping[
         layers: linear layers and convolutions, by name.
     """
     found: Importance = {name: [] for name in layers}
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(0)
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in learning:
@@ -57,13 +57,17 @@ def _of_batch(
     with watching(layers, after=keep):
         logits = model(images.detach().requires_grad_()).float()
     probs = logits.detach().softmax(-1).cpu()
-    labels = torch.multinomial(probs, 1, generator=generator)[:, 0].to(logits.device)
+    labels = torch.multinomial(probs, LABELS, replacement=True, generator=generator).to(logits.device)
     kept = [(name, out) for name, visits in outputs.items() for out in visits]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    grads = torch.autograd.grad(loss, [out for _, out in kept], allow_unused=True)
+    squares = [torch.zeros_like(out) for _, out in kept]
+    for k in range(LABELS):
+        loss = F.cross_entropy(logits, labels[:, k], reduction="sum")
+        grads = torch.autograd.grad(loss, [out for _, out in kept], allow_unused=True, retain_graph=k + 1 < LABELS)
+        for square, grad in zip(squares, grads, strict=True):
+            if grad is not None:
+                square.addcmul_(grad, grad, value=1 / LABELS)
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for (name, out), grad in zip(kept, grads, strict=True):
-        square = torch.zeros_like(out) if grad is None else grad.square()
+    for (name, _), square in zip(kept, squares, strict=True):
         channels = 1 if isinstance(getattr(layers[name], "options", None), dict) else -1  # those of a convolution
         rows[name].append(square.mean(channels).flatten(1) if square.ndim > 2 else square.mean(1, keepdim=True))
     return rows

@@ -19,8 +19,6 @@ from qat.quantizers import Quantizer
 from qat.ranges import Range, check_fields
 from qat.sites.insert import switched_off
 
-Shares = Sequence[Annotated[float, Range(above=0.5, high=1)]]
-
 
 @dataclass
 class Percentiles(Step):
@@ -30,7 +28,7 @@ class Percentiles(Step):
         shares: quantiles that are tried as the upper end of a range; the lower end is the quantile 1 - share.
     """
 
-    shares: Shares = PERCENTILES
+    shares: Sequence[Annotated[float, Range(above=0.5, high=1)]] = PERCENTILES
 
     stage = Stage.INITIALIZE
 
@@ -60,7 +58,7 @@ class RepQViT(Preset):
         shares: quantiles that are tried as the upper end of a range; the lower end is the quantile 1 - share.
     """
 
-    shares: Shares = PERCENTILES
+    shares: Sequence[Annotated[float, Range(above=0.5, high=1)]] = PERCENTILES
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -16,12 +16,14 @@ from qat.ptq.step import Step, run
 from qat.ptq.work import Prefix
 from qat.ranges import Range, check_fields
 
+QUANTIZED: Prefix = "quantized"
+
 
 class Preset(PTQMethod):
     """A method that is a list of steps."""
 
     changes_weights = True
-    prefix: Prefix = "quantized"
+    prefix = QUANTIZED  # without annotations, as in `PTQMethod`
     importance = 0.0
 
     @abstractmethod

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.ptq import InitSteps
-from qat.ptq.importance import row_importance
+from qat.ptq.importance import LABELS, row_importance
 from qat.sites.insert import quantizers, switched_off
 from tests.ptq.test_output_search import batches, tiny
 
@@ -18,10 +18,10 @@ def layers(model: nn.Module, *names: str) -> dict[str, nn.Module]:
 
 
 def drawn_labels(model: nn.Module) -> list[Tensor]:
-    """One for each image, from the softmax of the float model."""
+    """`LABELS` for each image (B, LABELS), from the softmax of the float model."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), switched_off(quantizer for _, quantizer in quantizers(model)):
-        return [torch.multinomial(model(x).softmax(-1), 1, generator=generator)[:, 0] for x in batches()]
+        return [torch.multinomial(model(x).softmax(-1), LABELS, True, generator=generator) for x in batches()]
 
 
 def probed(model: nn.Module, name: str, images: Tensor, labels: Tensor) -> Tensor:
@@ -45,9 +45,9 @@ def test_it_is_the_mean_square_of_the_gradient_of_every_row(name):
     model = tiny()
     found = row_importance(model, batches(), layers(model))[name]
     for (visit,), images, labels in zip(found, batches(), drawn_labels(model), strict=True):
-        grad = probed(model, name, images, labels)
-        rows = grad.flatten(2).mT if grad.ndim == 4 else grad.view(2, -1, grad.shape[-1])  # patches of a convolution
-        torch.testing.assert_close(visit, rows.square().mean(-1))
+        squares = torch.stack([probed(model, name, images, label).square() for label in labels.T]).mean(0)
+        rows = squares.flatten(2).mT if squares.ndim == 4 else squares.view(2, -1, squares.shape[-1])  # patches
+        torch.testing.assert_close(visit, rows.mean(-1))
 
 
 def test_that_of_the_head_by_hand():
@@ -56,8 +56,8 @@ def test_that_of_the_head_by_hand():
     found = row_importance(model, batches(), layers(model, "head"))["head"]
     for (visit,), images, labels in zip(found, batches(), drawn_labels(model), strict=True):
         with torch.no_grad(), switched_off(quantizer for _, quantizer in quantizers(model)):
-            error = model(images).softmax(-1) - F.one_hot(labels, 10)
-        torch.testing.assert_close(visit, error.square().mean(1, keepdim=True))
+            errors = model(images).softmax(-1)[:, None] - F.one_hot(labels, 10)  # (B, LABELS, classes)
+        torch.testing.assert_close(visit, errors.square().mean((1, 2))[:, None])
 
 
 def test_tokens_that_nothing_reads_have_none():

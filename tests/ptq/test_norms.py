@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.models.layers import QuantLayerNorm
 from qat.ptq import Observe
-from qat.ptq.norms import fold, same_function
+from qat.ptq.norms import fold, unit_unchanged
 from qat.quantizers import PTF, IntegerNorm
 from qat.recipe import Rule, build_recipe
-from qat.sites.family import Family, family_of
+from qat.sites.family import Family, Unit, family_of
 from qat.sites.insert import quantize
 from tests.contracts.test_families import MODELS, float_model, images
 
@@ -75,7 +75,7 @@ def test_any_ratio_and_shift_leave_the_function_as_it_is(name):
     generator = torch.Generator().manual_seed(3)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = model(images())
-    with same_function(model, images()):
+    with unit_unchanged(Unit("model", model), images(), []):
         for link in links:
             if link.linear is not None:
                 C = model.get_submodule(link.linear).in_features
@@ -90,7 +90,7 @@ def test_any_ratio_and_shift_leave_the_function_as_it_is(name):
 def test_zeros_of_a_padded_window_are_found_and_reported():
     model, links = linked("swin_padded")
     link = next(link for link in links if link.norm == "layers.0.blocks.0.norm1")
-    with pytest.raises(QatError, match="changed the float model"), same_function(model, images()):
+    with pytest.raises(QatError, match="changed the float model"), unit_unchanged(Unit("model", model), images(), []):
         fold(model, link, torch.full((12,), 0.5), torch.ones(12))
 
 

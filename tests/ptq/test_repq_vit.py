@@ -132,7 +132,7 @@ def test_dead_channels_are_guarded(weight):
 def test_windows_that_are_padded_are_refused_before_any_work():
     model = quantize(float_model("swin_padded"), build_recipe("repq_vit", w_bits=4, a_bits=4))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(QatError, match=r"changed what layers\.0\.blocks\.0 of the float model computes"):
+    with pytest.raises(QatError, match=r"changed the float model: what layers\.0\.blocks\.0 computes"):
         RepQViT()(model, [images(4)])
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) or value.isnan().all() for key, value in before.items())
