@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, switched_off
 
+PART = 8  # images that go backward at once: what autograd keeps of a batch can be larger than all the rest
 LABELS = 4  # drawn for each image: with a single one, the importance of a row is mostly chance
 Importance = dict[str, list[list[Tensor]]]  # by name of a layer, for every batch and visit: (B, n / B)
 
@@ -38,15 +39,18 @@ def row_importance(model: nn.Module, batches: Iterable[Tensor], layers: Mapping[
             parameter.requires_grad_(False)
         with torch.enable_grad(), switched_off(quantizer for _, quantizer in quantizers(model)):
             for images in batches:
-                for name, visits in _of_batch(model, images, layers, generator).items():
-                    found[name].append(visits)
+                parts = [_of_part(model, part, layers, generator) for part in images.split(PART)]
+                for name in layers:
+                    found[name].append(
+                        [torch.cat(visit) for visit in zip(*(part[name] for part in parts), strict=True)]
+                    )
     finally:
         for parameter, required in learning:
             parameter.requires_grad_(required)
     return found
 
 
-def _of_batch(
+def _of_part(
     model: nn.Module, images: Tensor, layers: Mapping[str, nn.Module], generator: torch.Generator
 ) -> dict[str, list[Tensor]]:
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}

@@ -213,7 +213,7 @@ class UnitWork:
 
     @torch.no_grad()
     def start_rest(self) -> None:
-        """Let every wanted site that no step has filled start by the ``init`` of its spec; switch all of them on."""
+        """Let every wanted site that no step has filled start by the ``init`` of its spec."""
         for _, weight, quantizer in self.wanted_weights():
             if not quantizer.calibrated:
                 quantizer.init_from(quantizer.grouped(weight.float()))
