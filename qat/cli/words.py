@@ -28,7 +28,8 @@ def given_configs(words: Sequence[str]) -> list[str]:
 
 def words_of_model(words: Sequence[str]) -> list[str]:
     """The configs and the options of the model that a command names, in their order: they describe its model."""
-    return [word for pair in options_in(words) if pair[0] in CONFIG or pair[0].startswith("--model.") for word in pair]
+    kept = (*CONFIG, "--trust")
+    return [word for pair in options_in(words) if pair[0] in kept or pair[0].startswith("--model.") for word in pair]
 
 
 def says_trust(words: Sequence[str]) -> bool:

@@ -34,7 +34,7 @@ def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: 
     loose = data.images is not None and verb in ("predict", "calibrate")
     if loose:
         check_readable(loose_source(Path(data.images)))
-    _check_root(verb, data.root, loose, calibrates)
+    _check_root(verb, data.root, loose, calibrates, evaluates)
     if data.root is None and loose and not (verb == "calibrate" and evaluates):
         return
     tree = Tree.of(data)
@@ -56,8 +56,10 @@ def check_data(verb: str, model: Any, data: Any, ckpt: Path | None, calibrates: 
         _check_softlabels(model, data, tree.source("train"), classes)
 
 
-def _check_root(verb: str, root: Path | None, loose: bool, calibrates: bool) -> None:
-    """QatError for a calibration without images."""
+def _check_root(verb: str, root: Path | None, loose: bool, calibrates: bool, evaluates: bool) -> None:
+    """QatError for a calibration without images, or an evaluation without validation images."""
+    if root is None and verb == "calibrate" and loose and evaluates:
+        raise QatError("validate is true, but data.root is not set: give the folder with val/, or leave --validate out")
     if root is None and verb == "predict" and loose and calibrates:
         raise QatError("data.root is not set: a model without --ckpt is calibrated on root/train")
     if root is None and verb == "calibrate" and not loose:

@@ -14,7 +14,7 @@ import torch
 
 from qat.errors import QatError
 from qat.ptq.fpcs import space_of
-from qat.ptq.matrix_products import MatrixProduct
+from qat.ptq.matrix_products import MatrixProduct, matrix_products
 from qat.ptq.output_search import OutputSearch
 from qat.ptq.product_search import Operand, ProductSearch
 from qat.ptq.step import Stage, Step
@@ -54,6 +54,12 @@ class ChooseSoftmax(Step):
 
     def begin(self, work: Work) -> None:
         """Refuse a site of more bits than any candidate has."""
+        names = [product.left for product in matrix_products(work.model) if product.left.rpartition(".")[2] == SITE]
+        if work.wanted and not any(isinstance(work.model.get_submodule(name), Quantizer) for name in names):
+            raise QatError(
+                f"ChooseSoftmax finds no site {SITE} that is quantized and multiplied with v: the recipe leaves "
+                "it in floating point, or its quantizer takes the place of the softmax; leave ChooseSoftmax out"
+            )
         for name, quantizer in work.wanted.items():
             if name.rpartition(".")[2] == SITE and not candidates(quantizer.spec, self.kinds):
                 raise QatError(

@@ -135,7 +135,9 @@ def best_for(model: nn.Module, link: NormLink, channels: UniformQuantizer, rows:
 
 def common(channels: UniformQuantizer, site: UniformQuantizer) -> tuple[Tensor, Tensor]:
     """The means of steps and zero points, float64, which a site is given (equation 5 of RepQ-ViT)."""
-    return site.set_affine_(channels.step.double().mean(), channels.zero_point.double().mean())
+    zero, spec = channels.zero_point.double(), channels.spec
+    inside = (zero >= spec.qmin - spec.levels) & (zero <= spec.qmax + spec.levels)  # of no almost constant channel
+    return site.set_affine_(channels.step.double().mean(), (zero[inside] if inside.any() else zero).mean())
 
 
 @torch.no_grad()

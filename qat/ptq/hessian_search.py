@@ -102,7 +102,7 @@ class HessianSearch(Step):
         """The part of one batch that is compared, the same of the activations and of their gradient, which is last."""
         matrices, wanted = product.matrices, ceil(self.rows / batches)
         if matrices.weight is not None and tensors[0].ndim == 3:  # images of tokens: the class token comes first
-            tensors = [drawn(x, ceil(wanted / len(x)), axis=1, first=1) for x in tensors]
+            return [matrices.samples(drawn(x, ceil(wanted / len(x)), axis=1, first=1)) for x in tensors]
         tensors = [matrices.samples(x) for x in tensors]
         count = ceil(wanted / matrices.rows_of(tensors[0]))
         return [drawn(x, count) for x in tensors]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.errors import QatError
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, switched_off
 
@@ -60,6 +61,8 @@ def _of_part(
 
     with watching(layers, after=keep):
         logits = model(images.detach().requires_grad_()).float()
+    if not bool(logits.isfinite().all()):
+        raise QatError("the float model's logits are not finite: check its checkpoint and the calibration images")
     probs = logits.detach().softmax(-1).cpu()
     labels = torch.multinomial(probs, LABELS, replacement=True, generator=generator).to(logits.device)
     kept = [(name, out) for name, visits in outputs.items() for out in visits]

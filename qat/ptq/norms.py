@@ -49,6 +49,10 @@ def unit_unchanged(unit: Unit, x: Tensor, off: Iterable[Quantizer]) -> Iterator[
     off = list(off)
     with switched_off(off):
         before = unit.run(x)
+        if not bool(before.isfinite().all()):
+            raise QatError(
+                f"what {unit.name} of the float model computes is not finite: check its checkpoint and the images"
+            )
         yield
         change = float((unit.run(x) - before).norm() / before.norm())
     if not change <= TOLERANCE:

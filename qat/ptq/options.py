@@ -11,11 +11,11 @@ from qat.ranges import Range, Seed, check_fields
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Calibration before training, validation or prediction.
+    """Calibration, alone or before training, validation or prediction.
 
     Args:
         method: how quantizers are calibrated; null is InitSteps, which starts each by the init that its spec names.
-        images: number of training images, which get the evaluation transform.
+        images: number of images, which get the evaluation transform.
         batch_size: images per forward pass.
         seed: seeds the choice of the images.
     """

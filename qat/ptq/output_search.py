@@ -21,8 +21,10 @@ from qat.ptq.fpcs import space_of
 from qat.ptq.matrix_products import MatrixProduct
 from qat.ptq.product_search import Operand, ProductSearch
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import SAMPLES, UnitWork, drawn
+from qat.ptq.work import SAMPLES, UnitWork, drawn, with_ends
 from qat.ranges import Range, check_fields
+
+IMAGE_BITS = 8  # of the images that a convolution reads; with these, every pixel is exact
 
 
 @dataclass
@@ -33,7 +35,7 @@ class OutputSearch(Step):
         rounds: how often both operands of a product are improved, at most.
         rows: rows of the output of a product on which candidates are compared, the class token of every image among
             them: 6,304 are those of 32 images of 224 pixels, cut into patches of 16.
-        levels: refinements of the first 128 candidates, each around the best 16.
+        levels: refinements of the first 128 candidates, each around the best 4.
     """
 
     rounds: Annotated[int, Range(1, 1000)] = 3
@@ -51,8 +53,8 @@ class OutputSearch(Step):
         seen = product.matrices
         left = self._operand(here, product.left, found[product.left], seen.left, seen.axes[0])
         left.roots = roots
-        if seen.weight is not None and seen.weight.ndim > 2:
-            left.space = None  # images have 8 bits, and cutting them into patches for every candidate takes a minute
+        if seen.weight is not None and seen.weight.ndim > 2 and here.work.width(product.left) >= IMAGE_BITS:
+            left.space = None  # cutting images into patches for every candidate would take a minute, for nothing
         x = found[product.right] if seen.weight is None else [seen.weight.detach().float()]
         right = self._operand(here, product.right, x, seen.right, seen.axes[1])
         if left.space is not None or right.space is not None:
@@ -66,7 +68,7 @@ class OutputSearch(Step):
         if name in here.work.wanted:
             quantizer = here.work.wanted[name]
             rows = torch.cat([quantizer.grouped(x) for x in tensors], dim=1)
-            operand.space = space_of(quantizer, drawn(rows, SAMPLES, axis=1))
+            operand.space = space_of(quantizer, with_ends(rows, SAMPLES))
         return operand
 
     def operands(self, here: UnitWork, product: MatrixProduct) -> tuple[dict[str, list[Tensor]], list[Tensor] | None]:

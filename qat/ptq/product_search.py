@@ -26,7 +26,7 @@ from qat.quantizers import Layout, Quantizer
 from qat.quantizers.space import Space, Table
 
 NEXT = 2  # refinements in the second round and later, which look around the best points of the round before
-QUICK = 16  # the first decisions are made on every sixteenth row of a layer's input, and on a quarter as few matrices
+QUICK = 17  # the first decisions are made on every sixteenth row of a layer's input, and on a quarter as few matrices
 
 Map = Callable[[Tensor], Tensor]
 
@@ -164,7 +164,7 @@ class OperandErrors:
         """Errors of every row of a table."""
         device, largest = self.matrices[0].device, max(x.numel() for x in self.operand.tensors)
         together = max(1, BLOCK.get(device.type, OTHER_BLOCK) // largest)
-        return torch.cat([self._errors(part) for part in _blocks(table, together)])
+        return torch.cat([self._errors(part) for part in blocks_of(table, together)])
 
     def _errors(self, table: Table) -> Tensor:
         operand, found = self.operand, []
@@ -192,7 +192,7 @@ class OperandErrors:
         return OperandErrors(part, self.others, targets)
 
 
-def _blocks(table: Table, together: int) -> Iterator[Table]:
+def blocks_of(table: Table, together: int) -> Iterator[Table]:
     """The rows of a table, some at a time."""
     for k in range(0, len(next(iter(table.values()))), together):
         yield {name: rows[k : k + together] for name, rows in table.items()}

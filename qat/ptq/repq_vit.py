@@ -19,6 +19,8 @@ from qat.quantizers import Quantizer
 from qat.ranges import Range, check_fields
 from qat.sites.insert import switched_off
 
+EVERY_VALUE = 1_000_000_000
+
 
 @dataclass
 class Percentiles(Step):
@@ -67,4 +69,4 @@ class RepQViT(Preset):
 
     def steps(self) -> Sequence[Step]:
         """Norms are folded before the weights behind them are calibrated."""
-        return [FoldNorms(shares=self.shares), Percentiles(self.shares)]
+        return [FoldNorms(shares=self.shares, samples=EVERY_VALUE), Percentiles(self.shares)]

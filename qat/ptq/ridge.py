@@ -69,6 +69,11 @@ def ridge_of_halves(
         QatError: one half has no rows, or its moments are not finite or cannot be inverted.
     """
     first, second = halves
+    if not (first.rows and second.rows):
+        raise QatError(
+            "Ridge compares two halves of the images, and one has none: raise calibration.images to 2 or more, or give "
+            "Ridge a damping"
+        )
     core = torch.linalg.qr(weight.double(), mode="r").R  # (O or I, I): rotated outputs have the same sum of squares
     changes = {
         damping: held_out(first, second, core, damping) + held_out(second, first, core, damping) for damping in dampings

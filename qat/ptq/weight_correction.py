@@ -15,11 +15,12 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.ptq.affine_fit import OutputMoments, affine_fit, bias_fit
 from qat.ptq.fpcs import LEVELS, best_parameters, space_of
-from qat.ptq.gptq import ALPHA, Grid, gptq
+from qat.ptq.gptq import Grid, gptq
 from qat.ptq.layer_work import LayerWork
 from qat.ptq.matrix_products import MatrixProduct
-from qat.ptq.product_search import by_group, tried_values
+from qat.ptq.product_search import blocks_of, by_group, tried_values
 from qat.ptq.ridge import ridge, ridge_of_halves
+from qat.ptq.search import BLOCK, OTHER_BLOCK
 from qat.ptq.step import Stage, Step
 from qat.ptq.work import UnitWork, Work
 from qat.quantizers import Quantizer
@@ -72,11 +73,12 @@ class GPTQ(Step):
 
     Args:
         damping: what is added to the diagonal of the moments, as a share of its mean.
-        alpha: share of the difference to the input of the float model that is made up for too (GPTAQ); 0 is GPTQ.
+        alpha: share of the difference to the input of the float model that is made up for too: GPTAQ has 0.25; 0 is
+            GPTQ.
     """
 
     damping: Damping = 0.3
-    alpha: Annotated[float, Range(low=0, high=1)] = ALPHA
+    alpha: Annotated[float, Range(low=0, high=1)] = 0.0
 
     stage = Stage.WEIGHTS
     changes_weights = True
@@ -183,8 +185,12 @@ def fit_weight(layer: LayerWork, levels: int = LEVELS) -> None:
         return
     matrix, axis = layer.product.matrices.right, layer.product.matrices.axes[1]
 
-    def errors(table: Table) -> Tensor:
+    def errors_of(table: Table) -> Tensor:
         D = matrix(tried_values(quantizer, weight, table)) - matrix(weight)  # (K, O, I)
         return by_group(((D @ gram) * D).sum(-1), quantizer.layout, axis)
+
+    def errors(table: Table) -> Tensor:
+        together = max(1, BLOCK.get(weight.device.type, OTHER_BLOCK) // weight.numel())
+        return torch.cat([errors_of(part) for part in blocks_of(table, together)])
 
     quantizer.set_(best_parameters(space, errors, levels=levels).row)

@@ -60,6 +60,10 @@ class Work:
         """The work on all sites that are not calibrated."""
         return cls(model, {name: q for name, q in quantizers(model) if not q.calibrated}, method)
 
+    def width(self, name: str) -> int:
+        """The bits of a site that is to be calibrated; 0 for another."""
+        return self.wanted[name].spec.width if name in self.wanted else 0
+
     @property
     def report(self) -> dict[str, Any]:
         """What the method tells after its call."""
@@ -123,8 +127,11 @@ class UnitWork:
         """
         sites = {name: self.model.get_submodule(name) for name in names}
         for x in self.inputs:
-            with switched_off([] if quantized and self.prefix == "quantized" else self.off):
+            if quantized and self.prefix == "quantized":
                 found = self._watch(sites, x)
+            else:
+                with switched_off(self.off), self._original_weights():
+                    found = self._watch(sites, x)
             yield found  # outside: whoever reads it calls sites and layers as they are
 
     def float_watched(self, names: Iterable[str]) -> Iterator[Visits]:
@@ -232,7 +239,7 @@ class UnitWork:
         part = ceil(count / len(self.inputs))
         for seen in self.watched(sites, quantized=False):
             for name, tensors in seen.items():
-                rows[name] += [drawn(sites[name].grouped(x.float()), part, axis=1).clone() for x in tensors]
+                rows[name] += [with_ends(sites[name].grouped(x.float()), part) for x in tensors]
         return {name: torch.cat(parts, dim=1) for name, parts in rows.items()}
 
 
@@ -244,3 +251,11 @@ def drawn(x: Tensor, count: int, axis: int = 0, first: int = 0) -> Tensor:
     others = first + torch.randperm(size - first, generator=torch.Generator().manual_seed(0))[: count - first]
     picks = torch.cat([torch.arange(first), others.sort().values])
     return x.index_select(axis, picks.to(x.device))
+
+
+def with_ends(rows: Tensor, count: int) -> Tensor:
+    """At most ``count`` values of each group (G, n), with the smallest and the largest of all."""
+    if rows.shape[1] <= count:
+        return rows.clone()
+    ends = torch.stack(rows.aminmax(dim=1), dim=1)
+    return torch.cat([drawn(rows, max(1, count - 2), axis=1), ends], dim=1)

@@ -145,9 +145,11 @@ class AdaLogQuantizer(Quantizer):
         return {"base": base, "step": self.step.detach().expand_as(base)}
 
     @torch.no_grad()
-    def search_space(self, samples: Tensor) -> Space:
+    def search_space(self, samples: Tensor) -> Space | None:
         """Bases and steps; every base, with the present step, where that is 1 for good."""
         if self.spec.unit:
+            if not bool(self.step.isfinite().all()):
+                return None  # `init_from` gives the step
             return TableSpace(self.every_base())
         return StepsAndBases(steps_above(samples, self.shift) if self.spec.shifted else steps_below(samples))
 

@@ -15,7 +15,7 @@ from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Steps
 from qat.ptq.tensor_search import TensorSearch
 from qat.ptq.work import UnitWork
-from qat.quantizers import Uniform
+from qat.quantizers import LogIntSoftmax, Uniform
 from qat.recipe import Rule, build_recipe
 from qat.sites.insert import quantizers
 from tests.ptq.test_output_search import batches, tiny
@@ -174,3 +174,10 @@ def test_kinds_that_do_not_fit_are_refused():
         ChooseSoftmax(kinds=["log"])
     with pytest.raises(QatError, match=r"ChooseSoftmax: .* 5 bits.*'blocks\.0\.attn\.probs_quant'"):
         run(["bitlog2"], 5)
+
+
+@pytest.mark.parametrize("rule", [Rule("*.probs_quant", None), Rule("*.probs_quant", LogIntSoftmax(4))])
+def test_a_recipe_without_probabilities_to_choose_for_is_refused(rule):
+    model = tiny("deit", *recipe(), rule)
+    with pytest.raises(QatError, match="ChooseSoftmax finds no site probs_quant that is quantized and multiplied"):
+        ChooseSoftmax()(model, batches())

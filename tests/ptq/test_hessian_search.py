@@ -63,9 +63,10 @@ def test_fewer_rows_are_those_of_the_same_gradients(products):
     for rows in (6304, 2 * 5):
         Steps([HessianSearch(candidates=2, rounds=1, rows=rows)], prefix="float")(tiny(), batches())
     full, few = products[5], products[5 + len(products) // 2]  # fc1 of the first block
-    assert few.gradients[0].shape == (2 * 5, 96) != full.gradients[0].shape
+    rows = len(few.gradients[0])
+    assert 2 * 5 <= rows < len(full.gradients[0])  # whole tokens of every image
     x, weight = few.left.operand.tensors[0], model.blocks[0].mlp.fc1.weight
-    assert x.shape == (2 * 5, 24)
+    assert x.shape == (rows, 24)
     everywhere = full.left.operand.tensors[0]
     rows_of = [int((everywhere == row).all(1).nonzero()[0]) for row in x]
     torch.testing.assert_close(few.targets[0], everywhere[rows_of] @ weight.mT)

@@ -172,14 +172,22 @@ def test_the_base_has_the_least_error_of_all():
     assert quantizer.step.tolist() == (x * 3).amax(1).tolist()
 
 
-def test_the_search_of_probabilities_has_every_base_and_the_present_step():
-    quantizer = AdaLog(3).build(Layout(0, 2, False))
+def test_the_search_of_released_probabilities_has_every_base_and_the_present_step():
+    quantizer = AdaLog(3, unit=True).build(Layout(0, 2, False))
     quantizer.set_({"step": torch.tensor([1.0, 0.5]), "base": torch.tensor([20.0, 30.0])})
     space = quantizer.search_space(torch.rand(2, 50))
     assert space.near(space.first) is None
     table = space.parameters(space.first)
     assert table["base"].tolist() == [[q, q] for q in BASES]
     assert table["step"].tolist() == [[1.0, 0.5]] * 128
+    assert AdaLog(3, unit=True).build(Layout(0, 2, False)).search_space(torch.rand(2, 50)) is None, "no step yet"
+
+
+def test_the_search_of_probabilities_looks_for_steps_below_the_largest_too():
+    samples = torch.rand(2, 50)
+    points = AdaLog(3).build(Layout(0, 2, False)).search_space(samples).first
+    torch.testing.assert_close(points["step"].amax(0), samples.amax(1))
+    torch.testing.assert_close(points["step"].amin(0), samples.amax(1) / 10)
 
 
 def test_the_search_of_a_shifted_quantizer_closes_in_on_base_and_step():
