@@ -7,11 +7,12 @@ costs no more. Shapes: H heads, D head width, C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.models.attention import QuantHeads
 
 PALEY = (11, 19)  # primes that are 3 modulo 4: they give the orders 12 and 20
 
@@ -64,9 +65,9 @@ def rotatable(attn: nn.Module) -> tuple[bool, bool]:
     """What of an attention may be rotated: q with k, and v with the projection of the output.
 
     A norm between the projection and the product is not the same after a rotation; nor are rotary positions, so only
-    `QuantHeads`, which have none, are rotated.
+    attention with a ``fused_projection`` (`QuantHeads` in `qat.models.attention`), which has none, is rotated.
     """
-    if not isinstance(attn, QuantHeads):
+    if not getattr(attn, "fused_projection", False):
         return False, False
     return _absent(attn, "q_norm") and _absent(attn, "k_norm"), _absent(attn, "norm")
 
@@ -82,9 +83,9 @@ def rotate_heads(model: nn.Module, name: str) -> None:
     Raises:
         QatError: nothing of this attention is rotatable, or there is no rotation of the width of its heads.
     """
-    attn = model.get_submodule(name)
+    attn: Any = model.get_submodule(name)
     scores, values = rotatable(attn)
-    if not isinstance(attn, QuantHeads) or not (scores or values):
+    if not (scores or values):
         raise QatError(f"{name}: the heads of this {type(attn).__name__} cannot be rotated: leave it out")
     if not has_hadamard(attn.head_dim):
         raise QatError(

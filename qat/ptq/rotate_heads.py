@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qat.errors import QatError
-from qat.models.attention import QuantHeads
 from qat.ptq.hadamard import has_hadamard, rotatable, rotate_heads
 from qat.ptq.step import Stage, Step
 from qat.ptq.work import UnitWork, Work
@@ -33,7 +32,7 @@ class RotateHeads(Step):
         """Find the attentions; QatError where there is none."""
         self._names = [
             name for name, module in work.model.named_modules()
-            if isinstance(module, QuantHeads) and any(rotatable(module)) and has_hadamard(module.head_dim)
+            if any(rotatable(module)) and has_hadamard(int(module.head_dim))
             and is_open(work, name)
         ]  # fmt: skip
         if work.wanted and not self._names and not self.optional:

@@ -137,8 +137,8 @@ def test_training_calibrates_first(config, tmp_path):
     [
         (("--model.quant_checkpoint", "nowhere.ckpt"), "no checkpoint nowhere.ckpt: --model.quant_checkpoint takes"),
         (("--model.quant_checkpoint", "{ckpt}", "--model.w_bits", "3"), "ptq.ckpt holds another model, rules"),
-        (("--model.recipe", "vvtq"), "RepQViT needs Uniform, granularity tensor, at 'blocks.0.attn.qkv.input_quant'"),
-        (("--model.recipe", "fq_vit_884"), "RepQViT needs Uniform"),
+        (("--model.recipe", "vvtq"), "FoldNorms needs Uniform, granularity tensor, at 'blocks.0.attn.qkv.input_quant'"),
+        (("--model.recipe", "fq_vit_884"), "FoldNorms needs Uniform"),
         (("--model.recipe", "repq"), "no recipe 'repq': choose from"),
         (("--calibration.images", "0"), "calibration.images is 0"),
         (("--calibration.images", "99"), "calibration.images is 99"),
