@@ -142,8 +142,6 @@ class QuantHeads(AttentionSites):
     """
 
     fused_projection = True  # rows of the weight of ``qkv`` are q, k and v, each by head; no position turns them later
-        True  # the rows of the weight of ``qkv`` are q, k and v, each by head, and nothing turns them afterwards
-    )
 
     def __init__(self, attn: Any, site: SiteBuilder, heads: int, width: int, scale: float) -> None:
         nn.Module.__init__(self)
