@@ -12,15 +12,12 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from qat.ptq.work import Reached
 from qat.quantizers import Quantizer
 from qat.sites.family import Unit
 from qat.sites.hooks import watching
 
 CalibrateSite = Callable[[str, Quantizer, Tensor], None]  # name, quantizer, samples (G, n)
-
-
-class Reached(Exception):
-    """Ends a forward at the last visit of the site whose inputs are wanted."""
 
 
 @torch.no_grad()
@@ -34,7 +31,7 @@ def calibrate_in_order(
     are still off then.
 
     Args:
-        unit: in evaluation mode; the weights that are to be quantized are calibrated.
+        unit: in evaluation mode; its weights are calibrated, or their quantizers are switched off.
         tensors: what reaches the unit (B, ...).
         sites: those of the unit that are to be calibrated, which are switched off first; others are left as they are.
         calibrate_site: called once for every site, with all values of its tensor.

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.models import build_float
 from qat.ptq.hadamard import hadamard, has_hadamard, rotatable, rotate_heads
 from qat.recipe import build_recipe
 from qat.sites.insert import quantize, quantizers, switched_off
 from tests.contracts.family_cases import MODELS, TINY, TINY_SRET, TINY_SWIN
 from tests.contracts.test_families import float_model, images
+from tests.models.perturbed import perturbed
 
 ROTATED: dict[str, tuple[str, dict[str, Any]]] = {
     name: MODELS[name] for name in ("deit", "distilled", "no_bias", "clip")
@@ -55,12 +55,7 @@ def test_other_sizes_are_refused(size):
 
 def random_model(name: str) -> nn.Module:
     arch, arguments = ROTATED[name]
-    torch.manual_seed(0)
-    model = build_float(arch, None, 10, arguments).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model
+    return perturbed(arch, **arguments)
 
 
 @pytest.mark.parametrize("name", ROTATED)

@@ -13,16 +13,7 @@ from qat.ptq.ptq4vit import PTQ4ViT
 from qat.quantizers import TwinGelu, TwinSoftmax, Uniform
 from qat.recipe import Rule, build_recipe
 from qat.sites.insert import quantize, quantizers, sites, switched_off
-
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 4)}
-SRET = {"img_size": 32, "embed_dims": (12, 24), "depths": (1, 1), "num_heads": (2, 4), "groups": ((4, 2), (2, 1))}
-MODELS = {
-    "vit": ("vit_tiny_patch16_224", TINY),
-    "distilled": ("deit_tiny_distilled_patch16_224", TINY),
-    "swin": ("swin_tiny_patch4_window7_224", SWIN),
-    "sret": ("sret_tiny", SRET),
-}
+from tests.ptq.test_apq_vit import MODELS
 
 
 def tiny(name: str, recipe: str = "ptq4vit", bits: int = 4, *rules: Rule) -> nn.Module:
