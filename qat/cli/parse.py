@@ -38,7 +38,7 @@ NO_CLASS_YET = re.compile(r"NestedArg\(key='([^']+)'")
 OTHERS = re.compile(" - (?:Problem with given|Not a valid subclass)")
 AFTER_VALUE = re.compile(" - Expected| Subclass types")
 VALUE = re.compile(r"(?:Got value|Given value): (.*)$")
-MANY = 25  # classes that are not listed any more
+MANY = 40  # classes that are not listed any more
 IMPORTS = "qat_imports"  # attribute of a parser: what the command line that it has read may import
 LONGEST = 300  # characters of a message that is not understood
 
@@ -224,7 +224,8 @@ def _subclasses(hint: Any) -> list[str]:
             waiting = [part]
             while waiting:
                 waiting += (kind := waiting.pop()).__subclasses__()
-                found |= {kind.__name__: None} if not getattr(kind, "__abstractmethods__", ()) else {}
+                named = not getattr(kind, "__abstractmethods__", ()) and "<locals>" not in kind.__qualname__
+                found |= {kind.__name__: None} if named else {}
         elif hasattr(part, "__args__"):
             found |= dict.fromkeys(_subclasses(part))
     return [name for name in found if not name.startswith("_")]
