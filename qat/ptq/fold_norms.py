@@ -59,7 +59,7 @@ class FoldNorms(Step):
         found = [link for link in family_of(work.model).norm_links(work.model) if link.readers]
         if not self.optional:
             raise_unless_foldable(work.model, found)
-        self._links = [link for link in found if foldable(work.model, link) and is_open(work, link)]
+        self._links = [link for link in found if foldable(work.model, link) and work.is_open(sites_of(link))]
 
     def unit(self, here: UnitWork) -> None:
         """Rewrite the norms of a unit."""
@@ -83,16 +83,15 @@ class FoldNorms(Step):
             calibrate_by_percentiles_(quantizer, rows, self.shares)
 
 
+def sites_of(link: NormLink) -> list[str]:
+    """The sites of inputs and weights of all readers of a norm."""
+    return [f"{reader}.{side}_quant" for reader in link.readers for side in ("input", "weight")]
+
+
 def foldable(model: nn.Module, link: NormLink) -> bool:
     """Whether every reader has an input quantizer with a single step and zero point."""
     sites = [model.get_submodule(f"{reader}.input_quant") for reader in link.readers]
     return all(isinstance(q, Quantizer) and q.spec.per_channel() is not None and q.layout.groups == 1 for q in sites)
-
-
-def is_open(work: Work, link: NormLink) -> bool:
-    """Whether inputs and weights of all readers, where they are quantized, are still to be calibrated."""
-    names = [f"{reader}.{side}_quant" for reader in link.readers for side in ("input", "weight")]
-    return all(name in work.wanted or not isinstance(work.model.get_submodule(name), Quantizer) for name in names)
 
 
 def raise_unless_foldable(model: nn.Module, links: Sequence[NormLink]) -> None:

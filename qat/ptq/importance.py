@@ -54,27 +54,34 @@ def row_importance(model: nn.Module, batches: Iterable[Tensor], layers: Mapping[
 def _of_part(
     model: nn.Module, images: Tensor, layers: Mapping[str, nn.Module], generator: torch.Generator
 ) -> dict[str, list[Tensor]]:
-    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    starts: list[Tensor] = []  # outputs from which the graph begins
 
-    def keep(name: str, args: tuple[Any, ...], out: Tensor) -> None:
-        outputs[name].append(out if out.requires_grad else out.requires_grad_())  # a layer that reads no image
+    def follow(name: str, args: tuple[Any, ...], out: Tensor) -> None:
+        if not out.requires_grad:
+            starts.append(out.requires_grad_())
+        axis = 1 if isinstance(getattr(layers[name], "options", None), dict) else -1  # the channels of a convolution
+        with torch.no_grad():
+            rows = _rows(torch.zeros_like(out), axis)
+        found[name].append(rows)
 
-    with watching(layers, after=keep):
-        logits = model(images.detach().requires_grad_()).float()
+        def add(grad: Tensor) -> None:  # as it comes by, so that the gradients of one layer are held at a time
+            rows.add_(_rows(grad.detach().square(), axis), alpha=1 / LABELS)
+
+        out.register_hook(add)
+
+    with watching(layers, after=follow):
+        logits = model(images).float()
     if not bool(logits.isfinite().all()):
         raise QatError("the float model's logits are not finite: check its checkpoint and the calibration images")
     probs = logits.detach().softmax(-1).cpu()
     labels = torch.multinomial(probs, LABELS, replacement=True, generator=generator).to(logits.device)
-    kept = [(name, out) for name, visits in outputs.items() for out in visits]
-    squares = [torch.zeros_like(out) for _, out in kept]
     for k in range(LABELS):
         loss = F.cross_entropy(logits, labels[:, k], reduction="sum")
-        grads = torch.autograd.grad(loss, [out for _, out in kept], allow_unused=True, retain_graph=k + 1 < LABELS)
-        for square, grad in zip(squares, grads, strict=True):
-            if grad is not None:
-                square.addcmul_(grad, grad, value=1 / LABELS)
-    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for (name, _), square in zip(kept, squares, strict=True):
-        channels = 1 if isinstance(getattr(layers[name], "options", None), dict) else -1  # those of a convolution
-        rows[name].append(square.mean(channels).flatten(1) if square.ndim > 2 else square.mean(1, keepdim=True))
-    return rows
+        torch.autograd.grad(loss, starts, allow_unused=True, retain_graph=k + 1 < LABELS)
+    return found
+
+
+def _rows(squares: Tensor, axis: int) -> Tensor:
+    """The mean over channels, for every image the rows of its output (B, n / B)."""
+    return squares.mean(axis).flatten(1) if squares.ndim > 2 else squares.mean(1, keepdim=True)

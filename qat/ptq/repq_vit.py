@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import Tensor
-
 from qat.errors import QatError
 from qat.ptq.fold_norms import FoldNorms
-from qat.ptq.in_order import calibrate_in_order
 from qat.ptq.search import PERCENTILES, calibrate_by_percentiles_
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Preset
 from qat.ptq.work import UnitWork
-from qat.quantizers import Quantizer
 from qat.ranges import Range, check_fields
 from qat.sites.insert import switched_off
 
@@ -44,12 +40,10 @@ class Percentiles(Step):
         weights = here.wanted_weights()
         rest = {name: q for name, q in here.wanted_activations().items() if not q.calibrated}
         with switched_off(site.quantizer for site in weights):  # folded ones are coarser
-            calibrate_in_order(here.unit, here.inputs, rest, self._fill)
+            for quantizer, values in here.in_order(rest):
+                calibrate_by_percentiles_(quantizer, values, self.shares)
         for _, weight, quantizer in weights:
-            self._fill("", quantizer, quantizer.grouped(weight.detach().float()))
-
-    def _fill(self, name: str, quantizer: Quantizer, samples: Tensor) -> None:
-        calibrate_by_percentiles_(quantizer, samples, self.shares)
+            calibrate_by_percentiles_(quantizer, quantizer.grouped(weight.detach().float()), self.shares)
 
 
 @dataclass

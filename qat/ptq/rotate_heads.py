@@ -30,11 +30,11 @@ class RotateHeads(Step):
 
     def begin(self, work: Work) -> None:
         """Find the attentions; QatError where there is none."""
-        self._names = [
-            name for name, module in work.model.named_modules()
-            if any(rotatable(module)) and has_hadamard(int(module.head_dim))
-            and is_open(work, name)
-        ]  # fmt: skip
+        self._names = []
+        for name, module in work.model.named_modules():
+            sites = [site for site, _ in quantizers(work.model) if site.startswith(f"{name}.")]
+            if any(rotatable(module)) and has_hadamard(int(module.head_dim)) and sites and work.is_open(sites):
+                self._names.append(name)
         if work.wanted and not self._names and not self.optional:
             raise QatError("RotateHeads finds no attention that it can rotate in this model: leave it out")
 
@@ -44,9 +44,3 @@ class RotateHeads(Step):
         for name in self._names:
             if name.startswith(inside):
                 rotate_heads(here.model, name)
-
-
-def is_open(work: Work, name: str) -> bool:
-    """Whether an attention has sites, and all of them are still to be calibrated."""
-    inside = [site for site, _ in quantizers(work.model) if site.startswith(f"{name}.")]
-    return bool(inside) and all(site in work.wanted for site in inside)

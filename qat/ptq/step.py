@@ -88,7 +88,8 @@ def run(
     float_tensors = tensors if keeps_float else None
     products = matrix_products(model)
     if importance:
-        names = [p.right.rpartition(".")[0] for p in products if p.matrices.weight is not None]
+        corrected = [p for p in products if p.matrices.weight is not None and p.right in work.wanted]
+        names = [p.right.rpartition(".")[0] for p in corrected]
         work.importance = row_importance(model, tensors, {name: model.get_submodule(name) for name in names})
         work.importance_share = importance
     with Progress("units", len(units)) as progress:

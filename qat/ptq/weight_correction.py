@@ -6,6 +6,8 @@ corrected. Shapes: I inputs and O outputs of a layer, K candidates, G groups tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -162,17 +164,13 @@ def _is_layer(name: str) -> bool:
     return name.rpartition(".")[2] == "weight_quant"
 
 
-class named:
-    """Adds the name of a layer to an error inside the block."""
-
-    def __init__(self, layer: LayerWork) -> None:
-        self.layer = layer
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, QatError):
-            raise QatError(f"layer {self.layer.name!r}: {error}") from None
+@contextmanager
+def named(layer: LayerWork) -> Iterator[None]:
+    """Add the name of a layer to an error inside the block."""
+    try:
+        yield
+    except QatError as error:
+        raise QatError(f"layer {layer.name!r}: {error}") from None
 
 
 @torch.no_grad()

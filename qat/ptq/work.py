@@ -60,6 +60,10 @@ class Work:
         """The work on all sites that are not calibrated."""
         return cls(model, {name: q for name, q in quantizers(model) if not q.calibrated}, method)
 
+    def is_open(self, names: Iterable[str]) -> bool:
+        """Whether all of these sites, but for those in floating point, are still to be calibrated."""
+        return all(name in self.wanted or not isinstance(self.model.get_submodule(name), Quantizer) for name in names)
+
     def width(self, name: str) -> int:
         """The bits of a site that is to be calibrated; 0 for another."""
         return self.wanted[name].spec.width if name in self.wanted else 0
@@ -154,6 +158,25 @@ class UnitWork:
         with watching(sites, before=see), suppress(Reached):
             self.unit.run(x)
         return seen
+
+    @torch.no_grad()
+    def in_order(self, sites: Mapping[str, Quantizer]) -> Iterator[tuple[Quantizer, Tensor]]:
+        """Every site with all values (G, n) that reach it, for the caller to fill it from.
+
+        A site is switched off until it is filled, so that it sees what the sites before it have quantized. One that a
+        unit visits more than once gets the values of all visits; sites between two visits are still off then. Only the
+        values of one site are held, so the unit runs again, up to the site, for each of them.
+
+        Args:
+            sites: those of the unit that are to be filled, in the order of the network.
+        """
+        self.visits |= self._count(sites)
+        for quantizer in sites.values():
+            quantizer.enabled = False
+        for name, quantizer in sites.items():
+            seen = [x for visits in self.watched([name], quantized=True) for x in visits[name]]
+            yield quantizer, torch.cat([quantizer.grouped(x.float()) for x in seen], dim=1)
+            quantizer.enabled = True
 
     def layer(self, product: MatrixProduct) -> LayerWork | None:
         """The layer of a product whose weight is to be calibrated; None for a product of activations."""
