@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from qat.cli.main import main
 from qat.models import build_float
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import UnitWork
+from qat.ptq.unit_work import UnitWork
 from qat.ranges import Range, check_fields
 from qat.recipe import build_recipe
 from qat.sites.insert import quantize, quantizers

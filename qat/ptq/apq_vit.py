@@ -29,7 +29,8 @@ from qat.ptq.output_gradients import float_logits, output_gradients
 from qat.ptq.search import Ranges
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Preset
-from qat.ptq.work import Prefix, UnitWork, Work
+from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import Prefix, Work
 from qat.quantizers import Quantizer
 from qat.ranges import Range, check_fields
 from qat.sites.insert import switched_off

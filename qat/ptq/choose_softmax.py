@@ -18,7 +18,8 @@ from qat.ptq.matrix_products import MatrixProduct, matrix_products
 from qat.ptq.output_search import OutputSearch
 from qat.ptq.product_search import Operand, ProductSearch
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import SAMPLES, UnitWork, Work, drawn
+from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import SAMPLES, Work, drawn
 from qat.quantizers import AdaLog, BitLog2, LogSqrt2, Quantizer, Spec, Uniform
 from qat.quantizers.adalog import MAX_ADALOG_BITS
 from qat.quantizers.bitlog2 import MAX_BITLOG_BITS

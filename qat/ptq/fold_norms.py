@@ -19,7 +19,8 @@ from qat.ptq.channel_ranges import best_strength, fit_channels, to_common_range
 from qat.ptq.norms import fold
 from qat.ptq.search import calibrate_by_percentiles_
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import UnitWork, Work
+from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import Work
 from qat.quantizers import Layout, Quantizer, UniformQuantizer
 from qat.ranges import Range, check_fields
 from qat.sites.family import NormLink, family_of

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qat.ptq.search import Ranges
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import UnitWork
+from qat.ptq.unit_work import UnitWork
 from qat.quantizers import Quantizer
 from qat.sites.hooks import watching
 from qat.sites.insert import switched_off

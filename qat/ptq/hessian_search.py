@@ -24,7 +24,8 @@ from qat.ptq.output_gradients import float_logits, output_gradients
 from qat.ptq.product_search import Operand
 from qat.ptq.search import Ranges
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import SAMPLES, UnitWork, Visits, Work, drawn
+from qat.ptq.unit_work import UnitWork, Visits
+from qat.ptq.work import SAMPLES, Work, drawn
 from qat.quantizers import Quantizer
 from qat.quantizers.space import Table
 from qat.ranges import Range, check_fields

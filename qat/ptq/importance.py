@@ -33,6 +33,8 @@ def row_importance(model: nn.Module, batches: Iterable[Tensor], layers: Mapping[
         layers: linear layers and convolutions, by name.
     """
     found: Importance = {name: [] for name in layers}
+    if not layers:
+        return found
     generator = torch.Generator().manual_seed(0)
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat.errors import QatError
 from qat.ptq.matrix_products import MatrixProduct
-from qat.ptq.work import UnitWork, Visits
+from qat.ptq.unit_work import UnitWork, Visits
 from qat.sites.family import family_of
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, switched_off

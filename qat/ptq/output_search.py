@@ -21,7 +21,8 @@ from qat.ptq.fpcs import space_of
 from qat.ptq.matrix_products import MatrixProduct
 from qat.ptq.product_search import Operand, ProductSearch
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import SAMPLES, UnitWork, drawn, with_ends
+from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import SAMPLES, drawn, with_ends
 from qat.ranges import Range, check_fields
 
 IMAGE_BITS = 8  # of the images that a convolution reads; with these, every pixel is exact

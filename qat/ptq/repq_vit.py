@@ -11,7 +11,7 @@ from qat.ptq.fold_norms import FoldNorms
 from qat.ptq.search import PERCENTILES, calibrate_by_percentiles_
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Preset
-from qat.ptq.work import UnitWork
+from qat.ptq.unit_work import UnitWork
 from qat.ranges import Range, check_fields
 from qat.sites.insert import switched_off
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from qat.errors import QatError
 from qat.ptq.hadamard import has_hadamard, rotatable, rotate_heads
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import UnitWork, Work
+from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import Work
 from qat.ranges import check_fields
 from qat.sites.insert import quantizers
 

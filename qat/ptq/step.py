@@ -22,7 +22,8 @@ from qat.ptq.base import PTQMethod, raise_unless_calibrated
 from qat.ptq.importance import row_importance
 from qat.ptq.matrix_products import MatrixProduct, matrix_products
 from qat.ptq.norms import unit_unchanged
-from qat.ptq.work import Prefix, UnitWork, Work
+from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import Prefix, Work
 from qat.sites.family import family_of
 
 CHECKED = 8  # images on which the function of a unit is compared before and after it is rewritten

@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.ptq.fpcs import best_parameters, space_of
 from qat.ptq.search import errors
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import UnitWork
+from qat.ptq.unit_work import UnitWork
 from qat.quantizers import Quantizer
 from qat.ranges import Range, check_fields
 

@@ -24,7 +24,8 @@ from qat.ptq.product_search import blocks_of, by_group, tried_values
 from qat.ptq.ridge import ridge, ridge_of_halves
 from qat.ptq.search import BLOCK, OTHER_BLOCK
 from qat.ptq.step import Stage, Step
-from qat.ptq.work import UnitWork, Work
+from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import Work
 from qat.quantizers import Quantizer
 from qat.quantizers.space import Table
 from qat.ranges import Range, check_fields

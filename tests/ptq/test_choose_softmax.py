@@ -14,7 +14,7 @@ from qat.ptq.output_search import OutputSearch
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Steps
 from qat.ptq.tensor_search import TensorSearch
-from qat.ptq.work import UnitWork
+from qat.ptq.unit_work import UnitWork
 from qat.quantizers import LogIntSoftmax, Uniform
 from qat.recipe import Rule, build_recipe
 from qat.sites.insert import quantizers

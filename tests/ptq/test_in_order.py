@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.ptq import InitSteps
-from qat.ptq.work import UnitWork, Work
+from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import Work
 from qat.quantizers import LSQ
 from qat.recipe import Rule
 from qat.sites.family import Unit

@@ -7,7 +7,7 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.ptq.layer_work import LayerWork
 from qat.ptq.moments import Moments
-from qat.ptq.work import UnitWork
+from qat.ptq.unit_work import UnitWork
 from qat.quantizers import Uniform
 from qat.recipe import Rule
 from qat.sites.hooks import watching

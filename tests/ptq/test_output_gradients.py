@@ -14,7 +14,7 @@ from qat.ptq.full_range import FullRange
 from qat.ptq.output_gradients import Gradients, float_logits, output_gradients
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Steps
-from qat.ptq.work import UnitWork
+from qat.ptq.unit_work import UnitWork
 from qat.recipe import Rule, build_recipe
 from qat.sites.insert import quantize, quantizers, switched_off
 

@@ -18,8 +18,9 @@ from qat.ptq.rotate_heads import RotateHeads
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Steps
 from qat.ptq.tensor_search import TensorSearch
+from qat.ptq.unit_work import UnitWork
 from qat.ptq.weight_correction import GPTQ, BiasCorrection, Ridge
-from qat.ptq.work import UnitWork, Work
+from qat.ptq.work import Work
 from qat.quantizers import LSQ, Uniform
 from qat.recipe import Rule, build_recipe
 from qat.sites.family import family_of

@@ -14,8 +14,8 @@ from qat.ptq.rotate_heads import RotateHeads
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Steps
 from qat.ptq.tensor_search import TensorSearch
+from qat.ptq.unit_work import UnitWork
 from qat.ptq.weight_correction import GPTQ, BiasCorrection, Ridge
-from qat.ptq.work import UnitWork
 from qat.recipe import build_recipe
 from qat.sites.family import family_of
 from qat.sites.insert import quantizers, switched_off

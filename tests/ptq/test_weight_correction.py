@@ -10,8 +10,8 @@ from qat.errors import QatError
 from qat.ptq.layer_work import LayerWork
 from qat.ptq.steps import Steps
 from qat.ptq.tensor_search import TensorSearch
+from qat.ptq.unit_work import UnitWork
 from qat.ptq.weight_correction import GPTQ, BiasCorrection, Ridge, fit_weight
-from qat.ptq.work import UnitWork
 from qat.quantizers import LSQ, Uniform
 from qat.recipe import Rule, build_recipe
 from qat.sites.hooks import watching

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from qat.ptq import InitSteps, OutputSearch
 from qat.ptq.matrix_products import matrix_products
-from qat.ptq.work import UnitWork, Work, drawn
+from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import Work, drawn
 from qat.quantizers import Uniform
 from qat.recipe import Rule, build_recipe
 from qat.sites.family import Unit, family_of
