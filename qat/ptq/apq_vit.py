@@ -28,7 +28,7 @@ from qat.ptq.matrix_products import MatrixProduct
 from qat.ptq.output_gradients import float_logits, output_gradients
 from qat.ptq.search import Ranges
 from qat.ptq.step import Stage, Step
-from qat.ptq.steps import Preset
+from qat.ptq.steps import Preset, options_of
 from qat.ptq.unit_work import UnitWork
 from qat.ptq.work import Prefix, Work
 from qat.quantizers import Quantizer
@@ -37,8 +37,8 @@ from qat.sites.insert import switched_off
 
 
 @dataclass
-class BlockSearch(Step):
-    """Fills any recipe; what no product reads keeps its start. Groups of one operand are scaled by the same factor.
+class BlockSearchOptions:
+    """How the output of a block is compared.
 
     Args:
         coarse: multiples of the full range that are tried first, from ``alpha`` to ``beta``, beside the range itself.
@@ -60,12 +60,17 @@ class BlockSearch(Step):
     images: Annotated[int, Range(1, 1_000_000_000)] = 16
     dropped: Annotated[float, Range(0, below=1)] = 0.5
 
-    stage = Stage.SEARCH
-
     def __post_init__(self) -> None:
         check_fields(self)
         if self.alpha >= self.beta:
             raise QatError(f"{type(self).__name__}: alpha is {self.alpha}: give less than beta, {self.beta}")
+
+
+@dataclass
+class BlockSearch(BlockSearchOptions, Step):
+    """Fills any recipe; what no product reads keeps its start. Groups of one operand are scaled by the same factor."""
+
+    stage = Stage.SEARCH
 
     def begin(self, work: Work) -> None:
         """Forget what an earlier call has kept."""
@@ -146,40 +151,17 @@ def top_mean(squares: Tensor, dropped: float) -> float:
 
 
 @dataclass
-class APQViT(Preset):
+class APQViT(BlockSearchOptions, Preset):
     """APQ-ViT in our reading, for its recipe apq_vit and any other one whose parameters follow from ranges.
 
     Args:
-        coarse: multiples of the full range that are tried first, from ``alpha`` to ``beta``, beside the range itself.
-        fine: multiples that are tried around the best of them.
-        alpha: the least multiple.
-        beta: the largest multiple.
-        softmax: the least multiple of the range of a probability.
-        rounds: how often both operands of a product are chosen, the weight first.
-        images: on which candidates are compared, at most.
-        dropped: share of the errors of each image, the smallest, that does not count.
         prefix: what units see: the output of the units before them as they are ``quantized``, or as ``float``.
     """
 
-    coarse: Annotated[int, Range(2, 1000)] = 10
-    fine: Annotated[int, Range(0, 1000)] = 10
-    alpha: Annotated[float, Range(above=0, high=1)] = 0.01
-    beta: Annotated[float, Range(1, 100)] = 1.2
-    softmax: Annotated[float, Range(above=0, high=1)] = 0.8
-    rounds: Annotated[int, Range(1, 1000)] = 1
-    images: Annotated[int, Range(1, 1_000_000_000)] = 16
-    dropped: Annotated[float, Range(0, below=1)] = 0.5
     prefix: Prefix = "quantized"
 
     changes_weights = False
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        self.steps()  # refuses what its steps refuse
-
     def steps(self) -> Sequence[Step]:
         """The full range, then the search."""
-        search = BlockSearch(
-            self.coarse, self.fine, self.alpha, self.beta, self.softmax, self.rounds, self.images, self.dropped
-        )
-        return [FullRange(), search]
+        return [FullRange(), BlockSearch(**options_of(self, BlockSearchOptions))]

@@ -32,8 +32,8 @@ from qat.ranges import Range, check_fields
 
 
 @dataclass
-class HessianSearch(Step):
-    """Fills any recipe; a quantizer for which nothing can be tried, and what no product reads, keep their start.
+class HessianSearchOptions:
+    """What is tried, and on how much.
 
     Args:
         candidates: how many steps are tried for each operand.
@@ -50,12 +50,17 @@ class HessianSearch(Step):
     rounds: Annotated[int, Range(1, 1000)] = 3
     rows: Annotated[int, Range(1, 1_000_000_000)] = 6304
 
-    stage = Stage.SEARCH
-
     def __post_init__(self) -> None:
         check_fields(self)
         if self.alpha >= self.beta:
             raise QatError(f"{type(self).__name__}: alpha is {self.alpha}: give less than beta, {self.beta}")
+
+
+@dataclass
+class HessianSearch(HessianSearchOptions, Step):
+    """Fills any recipe; a quantizer for which nothing can be tried, and what no product reads, keep their start."""
+
+    stage = Stage.SEARCH
 
     def begin(self, work: Work) -> None:
         """Forget what an earlier call has kept."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -57,6 +57,11 @@ class Steps(Preset):
     def steps(self) -> Sequence[Step]:
         """The list."""
         return self.list
+
+
+def options_of(preset: Any, kind: type) -> dict[str, Any]:
+    """The values that a preset has for the fields of a dataclass that it shares with its step."""
+    return {field.name: getattr(preset, field.name) for field in fields(kind)}
 
 
 def check_order(steps: Sequence[Step]) -> None:
