@@ -29,7 +29,7 @@ MODELS = {
     "swin": ("swin_tiny_patch4_window7_224", TINY_SWIN),
     "sret": ("sret_tiny", TINY_SRET),
 }
-FEWSHOT = Path(qat.__file__).parents[1] / "configs/deit_t_fewshot.yaml"
+FEWSHOT = Path(qat.__file__).parents[1] / "configs/deit_t_fewshot_lsq.yaml"
 FEWSHOT_RULES = yaml.safe_load(FEWSHOT.read_text(encoding="utf-8"))["model"]["rules"]
 PRODUCTS = {"deit": 1 + 2 * 6 + 1, "swin": 1 + 3 * 6 + 1 + 1, "sret": 3 * (6 + 2 * 2) + 1}  # convolutions of SReT pad
 RECIPES = [
