@@ -15,6 +15,7 @@ from qat.ptq.init_steps import InitSteps
 from qat.ptq.observe import Observe
 from qat.ptq.output_search import OutputSearch
 from qat.ptq.ptq4vit import PTQ4ViT
+from qat.ptq.reconstruction.reconstruct import Reconstruct
 from qat.ptq.repq_vit import Percentiles, RepQViT
 from qat.ptq.rotate_heads import RotateHeads
 from qat.ptq.site_errors import site_errors
@@ -40,6 +41,7 @@ __all__ = [
     "PTQMethod",
     "Percentiles",
     "Preset",
+    "Reconstruct",
     "RepQViT",
     "Ridge",
     "RotateHeads",

@@ -37,6 +37,7 @@ class Stage(IntEnum):
     SEARCH = 3  # better parameters
     WEIGHTS = 4  # weights that make up for errors of quantization, and their rounding
     BIAS = 5
+    RECONSTRUCT = 6  # of a unit whose products are complete
 
 
 class Step(PTQMethod):
@@ -44,9 +45,11 @@ class Step(PTQMethod):
 
     Attributes:
         needs_float: it reads what reaches a layer in the float model.
+        ticks: into how many parts its progress on a unit is divided.
     """
 
     needs_float = False
+    ticks = 0
 
     @property
     @abstractmethod
@@ -61,6 +64,9 @@ class Step(PTQMethod):
 
     def product(self, here: UnitWork, product: MatrixProduct) -> None:
         """Do the work on one product of a unit; the sites before it are complete."""
+
+    def finish(self, here: UnitWork) -> None:
+        """Do the work on a unit whose products are complete."""
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Run the step alone."""
@@ -93,12 +99,13 @@ def run(
         names = [p.right.rpartition(".")[0] for p in corrected]
         work.importance = row_importance(model, tensors, {name: model.get_submodule(name) for name in names})
         work.importance_share = importance
-    with Progress("units", len(units)) as progress:
-        for unit in units:
+    ticks = 1 + sum(step.ticks for step in steps)
+    with Progress("units" if ticks == 1 else "iterations", ticks * len(units)) as work.progress:
+        for i, unit in enumerate(units, 1):
             here = UnitWork(work, unit, tensors, float_tensors, products, prefix)
             _apply(steps, here)
             tensors, float_tensors = here.outputs(), here.float_outputs
-            progress.advance(1)
+            work.progress.advance(i * ticks - work.progress.done)  # a step may have found nothing to do
     for name, quantizer in work.wanted.items():
         if quantizer.layout.batched and not quantizer.calibrated and name not in work.reached:
             raise QatError(f"no calibration image reached {name!r}: raise calibration.images")
@@ -124,3 +131,5 @@ def _apply(steps: Sequence[Step], here: UnitWork) -> None:
         for step in steps:
             step.product(here, product)
         here.forget(product)
+    for step in steps:
+        step.finish(here)

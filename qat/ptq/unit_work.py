@@ -18,7 +18,7 @@ from qat.ptq.layer_work import LayerWork
 from qat.ptq.matrix_products import MatrixProduct
 from qat.ptq.work import SAMPLES, Prefix, Work, with_ends
 from qat.quantizers import Quantizer
-from qat.sites.family import Unit
+from qat.sites.family import Unit, family_of
 from qat.sites.hooks import watching
 from qat.sites.insert import WeightSite, quantizers, switched_off, weights
 
@@ -63,6 +63,16 @@ class UnitWork:
         with watching(sites, before=lambda name, _: seen.update([name])), switched_off(self.off):
             self.unit.run(self.inputs[0][:1])
         return seen
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the output of the unit is that of the model."""
+        last = family_of(self.model).units(self.model)[-1]
+        return last.name == self.unit.name
+
+    def advance(self, ticks: int) -> None:
+        """Tell the progress of a long step."""
+        self.work.progress.advance(ticks)
 
     def wanted_weights(self) -> list[WeightSite]:
         """The weights of the unit that are to be calibrated, those of layers and tables alike."""
