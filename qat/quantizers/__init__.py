@@ -2,6 +2,7 @@
 
 from qat.quantizers.adalog import AdaLog, AdaLogQuantizer, folded_bias
 from qat.quantizers.bitlog2 import BitLog2, BitLog2Quantizer
+from qat.quantizers.dfq import DFQ, DFQQuantizer
 from qat.quantizers.integer_norm import IntegerNorm, IntegerNormQuantizer
 from qat.quantizers.layout import Affine, Layout
 from qat.quantizers.log_int_softmax import LogIntSoftmax, LogIntSoftmaxQuantizer
@@ -15,6 +16,7 @@ from qat.quantizers.twin_softmax import TwinSoftmax, TwinSoftmaxQuantizer
 from qat.quantizers.uniform import Uniform, UniformQuantizer
 
 __all__ = [
+    "DFQ",
     "LSQ",
     "PTF",
     "AdaLog",
@@ -22,6 +24,7 @@ __all__ = [
     "Affine",
     "BitLog2",
     "BitLog2Quantizer",
+    "DFQQuantizer",
     "IntegerNorm",
     "IntegerNormQuantizer",
     "LSQQuantizer",

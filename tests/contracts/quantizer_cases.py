@@ -22,6 +22,7 @@ from qat.quantizers.spec import Spec
 # Options of each kind that are worth a run of their own. A kind that has only one sign fixes it: {"signed": False}.
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "LSQ": [{}, {"offset": True}],
+    "DFQ": [{"signed": False, "zero": zero} for zero in (False, True)],
     "LogSqrt2": [{"signed": False, "zero": zero} for zero in ("last", "extra", "rounded")],
     "AdaLog": [
         {"signed": False, "zero": zero, "shifted": shifted} for zero in ("last", "extra") for shifted in (False, True)
