@@ -11,6 +11,7 @@ from qat.quantizers.lsq import LSQ, LSQQuantizer
 from qat.quantizers.ptf import PTF, PTFQuantizer
 from qat.quantizers.recompute import recompute_operands
 from qat.quantizers.spec import Quantizer, Spec
+from qat.quantizers.sulq import SULQ, SULQQuantizer
 from qat.quantizers.twin_gelu import TwinGelu, TwinGeluQuantizer
 from qat.quantizers.twin_softmax import TwinSoftmax, TwinSoftmaxQuantizer
 from qat.quantizers.uniform import Uniform, UniformQuantizer
@@ -19,6 +20,7 @@ __all__ = [
     "DFQ",
     "LSQ",
     "PTF",
+    "SULQ",
     "AdaLog",
     "AdaLogQuantizer",
     "Affine",
@@ -35,6 +37,7 @@ __all__ = [
     "LogSqrt2Quantizer",
     "PTFQuantizer",
     "Quantizer",
+    "SULQQuantizer",
     "Spec",
     "TwinGelu",
     "TwinGeluQuantizer",

@@ -31,6 +31,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"signed": False, "form": form, "extra": extra} for form in ("single", "half") for extra in (False, True)
     ],
     "PTF": [{"signed": False, "granularity": "channel", "zero": zero} for zero in ("code", "clipped")],
+    "SULQ": [{"signed": False}],
     "TwinGelu": [{"signed": False, "ratio": ratio} for ratio in ("power", "free")],
     "TwinSoftmax": [{"signed": False, "overlap": overlap} for overlap in (False, True)],
     "Uniform": [{}, {"zero": "code"}, {"zero": "clipped"}, {"zero": "fractional", "signed": False}, {"zero": "none"}],

@@ -16,7 +16,7 @@ def test_every_quantizer_has_an_example():
     assert not missing, f"add {{kind: [options]}} for {sorted(missing)} to EXAMPLES in quantizer_cases.py"
 
 
-TWO_CODES = ("TwinGelu", "TwinSoftmax", "DFQ")  # a value of both grids has two, and an interval may start at 0
+TWO_CODES = ("TwinGelu", "TwinSoftmax", "DFQ", "SULQ")  # values that two codes may stand for
 
 
 @over_cases

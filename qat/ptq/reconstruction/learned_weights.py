@@ -3,22 +3,24 @@
 A `WeightRule` states a way, as options; a `LearnedWeight` is one weight that follows it. It stands in the place of the
 weight's quantizer, is given the weight as it was, and returns the values that the layer multiplies by. In the end it
 becomes a plain weight, which the quantizer rounds to the very same values.
-Shapes: O outputs and I inputs of a layer (a convolution reads patches), r rank.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from math import sqrt
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
+from qat.ptq.reconstruction.adam import Adam, Group
 from qat.quantizers import Quantizer
 from qat.ranges import Range, check_fields
+from qat.sites.insert import WeightSite
 
 Schedule = Literal["constant", "cosine"]
 STRETCH = (-0.1, 1.1)  # gamma and zeta of AdaRound: a sigmoid between them reaches 0 and 1
@@ -60,21 +62,45 @@ class WeightRule(ABC):
     Attributes:
         lr: learning rate of Adam; 0 where nothing is learned.
         schedule: what becomes of it.
+        ticks: iterations of `prepare`.
     """
 
     lr = 0.0
     schedule: Schedule = "cosine"
+    ticks = 0
+
+    def prepare(  # noqa: B027  most rules have nothing to choose
+        self, sites: Sequence[WeightSite], train: StartTraining, generator: torch.Generator
+    ) -> None:
+        """Choose, before the weights (sites) of a unit start, what cannot be chosen for all units alike."""
 
     @abstractmethod
-    def start(self, quantizer: Quantizer, weight: Tensor, generator: torch.Generator) -> LearnedWeight | None:
+    def start(self, site: WeightSite, generator: torch.Generator) -> LearnedWeight | None:
         """A weight at its start; None where nothing is learned about it."""
+
+
+class UnitTraining(Protocol):
+    """The training of a unit, as far as a rule takes part in it."""
+
+    images: Tensor
+    groups: list[Group]
+    batch: int
+
+    def learning(self) -> AbstractContextManager[None]:
+        """Gradients for what is learned, inside the block."""
+
+    def iterate(self, adam: Adam, picks: Tensor, progress: float) -> None:
+        """One step on the loss of some images."""
+
+
+StartTraining = Callable[[Mapping[str, LearnedWeight]], AbstractContextManager[UnitTraining]]
 
 
 @dataclass
 class Nearest(WeightRule):
     """Weights stay as they are; only steps of activations are learned."""
 
-    def start(self, quantizer: Quantizer, weight: Tensor, generator: torch.Generator) -> LearnedWeight | None:
+    def start(self, site: WeightSite, generator: torch.Generator) -> LearnedWeight | None:
         """Nothing."""
         return None
 
@@ -107,9 +133,9 @@ class AdaRound(WeightRule):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def start(self, quantizer: Quantizer, weight: Tensor, generator: torch.Generator) -> LearnedWeight:
+    def start(self, site: WeightSite, generator: torch.Generator) -> LearnedWeight:
         """V of the fractions; QatError where values are not evenly spaced."""
-        return RoundedWeight(quantizer, weight, self)
+        return RoundedWeight(site.quantizer, site.weight, self)
 
     def beta(self, progress: float) -> float:
         """The exponent at a share 0 to 1 of all iterations."""
@@ -170,9 +196,9 @@ class StraightThrough(WeightRule):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def start(self, quantizer: Quantizer, weight: Tensor, generator: torch.Generator) -> LearnedWeight:
+    def start(self, site: WeightSite, generator: torch.Generator) -> LearnedWeight:
         """The weight."""
-        return TrainedWeight(quantizer, weight)
+        return TrainedWeight(site.quantizer, site.weight)
 
 
 class TrainedWeight(LearnedWeight):
@@ -189,44 +215,3 @@ class TrainedWeight(LearnedWeight):
     def folded(self, weight: Tensor) -> Tensor:
         """The trained values."""
         return self.value.detach()
-
-
-@dataclass
-class LowRank(WeightRule):
-    """A sum of rank r is added before the weight is rounded: Q(W + B A), the compensation of AIQViT (AAAI 2025).
-
-    A starts uniform in +-1/sqrt(I) and B at zero, so that the first values are those of nearest rounding.
-
-    Args:
-        rank: r of every layer.
-        lr: learning rate of A and B.
-    """
-
-    rank: Annotated[int, Range(1, 100_000)] = 100
-    lr: Annotated[float, Range(above=0, high=1)] = 4e-5
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def start(self, quantizer: Quantizer, weight: Tensor, generator: torch.Generator) -> LearnedWeight:
-        """A at random, B of zeros."""
-        return CompensatedWeight(quantizer, weight, self.rank, generator)
-
-
-class CompensatedWeight(LearnedWeight):
-    """A weight with a sum of rank r."""
-
-    def __init__(self, quantizer: Quantizer, weight: Tensor, rank: int, generator: torch.Generator) -> None:
-        super().__init__(quantizer, weight)
-        rows, columns = weight.flatten(1).shape
-        A = torch.rand(rank, columns, generator=generator).mul_(2).sub_(1).div_(sqrt(columns))
-        self.A = nn.Parameter(A.to(weight))
-        self.B = nn.Parameter(weight.new_zeros(rows, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The rounded values of the sum."""
-        return cast(Tensor, self.quantizer(self.folded(weight)))
-
-    def folded(self, weight: Tensor) -> Tensor:
-        """The sum."""
-        return weight.detach() + (self.B @ self.A).view_as(weight)

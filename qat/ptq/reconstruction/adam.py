@@ -1,16 +1,13 @@
-"""The training of one unit. Shapes: B images of a batch, n all images."""
+"""Adam with a learning rate for every group and iteration, and draws of batches. Shapes: B images of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, pi
 
 import torch
 from torch import Tensor, nn
-
-from qat.ptq.reconstruction.learned_weights import LearnedWeight
 
 
 @dataclass
@@ -31,16 +28,17 @@ class Group:
 class Adam:
     """Adam without weight decay, whose learning rates are set for every iteration."""
 
-    def __init__(self, groups: list[Group]) -> None:
-        self.groups = [group for group in groups if group.parameters and group.lr]
-        self.inner = torch.optim.Adam([{"params": group.parameters, "lr": group.lr} for group in self.groups])
+    def __init__(self, wanted: Sequence[Group], betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.groups = [group for group in wanted if group.parameters and group.lr]
+        self.inner = torch.optim.Adam(
+            [{"params": group.parameters, "lr": group.lr} for group in self.groups], betas=betas
+        )
 
     def step(self, progress: float) -> None:
         """Take a step at a share 0 to 1 of all iterations."""
         for group, found in zip(self.groups, self.inner.param_groups, strict=True):
             found["lr"] = group.lr * (1 + cos(pi * progress)) / 2 if group.cosine else group.lr
         self.inner.step()
-        self.inner.zero_grad()
 
 
 class Draws:
@@ -63,22 +61,3 @@ class Draws:
             allowed = torch.cat([allowed, fresh])
         self.waiting = allowed[self.batch :]
         return allowed[: self.batch]
-
-
-@contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode for some modules inside the block, training mode after it."""
-    modules = list(modules)
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.train()
-
-
-def regularizers(weights: list[LearnedWeight], progress: float) -> list[Tensor]:
-    """What the weights add to the loss."""
-    found = [weight.regularizer(progress) for weight in weights]
-    return [value for value in found if value is not None]
