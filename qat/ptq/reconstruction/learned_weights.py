@@ -11,14 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
 from qat.ptq.reconstruction.adam import Adam, Group
-from qat.quantizers import Quantizer
+from qat.quantizers import Affine, Quantizer
 from qat.ranges import Range, check_fields
 from qat.sites.insert import WeightSite
 
@@ -210,8 +211,37 @@ class TrainedWeight(LearnedWeight):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded values."""
-        return cast(Tensor, self.quantizer(self.value))
+        return straight_through(self.quantizer, self.value)
 
     def folded(self, weight: Tensor) -> Tensor:
         """The trained values."""
         return self.value.detach()
+
+
+def straight_through(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """The values of a quantizer, whose gradient passes wherever a value is rounded to a code that exists.
+
+    The gradient of a quantizer itself ends at its last code, half a step earlier.
+    """
+    affine = quantizer.affine()
+    if affine is None:
+        return cast(Tensor, quantizer(x))
+    return cast(Tensor, StraightThroughRounding.apply(x, quantizer, affine))
+
+
+class StraightThroughRounding(torch.autograd.Function):
+    """The gradient of `straight_through`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: Quantizer, affine: Affine) -> Tensor:
+        """The values of the quantizer."""
+        code = (x / quantizer.view(affine.scale, x)).round_() + quantizer.view(affine.zero_point, x)
+        ctx.save_for_backward((code >= affine.qmin) & (code <= affine.qmax))
+        return cast(Tensor, quantizer(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of ``x``."""
+        (passes,) = ctx.saved_tensors
+        return grads[0] * passes, None, None

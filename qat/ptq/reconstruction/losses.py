@@ -4,7 +4,7 @@ With D the difference of a unit's output to that of the float model, and means o
 
     MSE                  D^2
     FisherDiagonal       D^2 g^2, g the gradient of KL(float || quantized) at the output: BRECQ (ICLR 2021)
-    PerturbationHessian  D^2 |F 1|, F the Fisher matrix of the output, a mean over images: APHQ-ViT (CVPR 2025)
+    PerturbationHessian  D^2 |F r|, F the Fisher matrix of the output, r signs, a mean over images: APHQ-ViT (CVPR 2025)
     Prediction           KL of the logits, with D^2: PD-Quant (CVPR 2023)
     SuffixFeature        the square error of what the head reads, with D^2: GLF-Q (2026)
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.ptq.reconstruction.unit_data import UnitData
-from qat.ranges import Range, check_fields
+from qat.ranges import Range, Seed, check_fields
 from qat.sites.hooks import watching
 
 TINY = 1e-30
@@ -95,33 +95,42 @@ def fisher_weights(gradients: Tensor, damped: bool) -> Tensor:
 
 @dataclass
 class PerturbationHessian(ReconstructionLoss):
-    """Errors weighted by how the whole prediction moves with all values of the output: one weight for each of them.
+    """Errors weighted by how the gradient of the prediction moves with the output: one weight for each of its values.
 
-    The paper takes a difference of two gradients; this is its limit, |J^T (diag(p) - p p^T) J 1| / T^2.
+    APHQ-ViT adds a small constant to the output, takes it away, and compares both gradients; in the limit, this is F 1.
+    Behind a LayerNorm, which removes constants, F 1 is zero: what a program finds there is rounding noise. So here
+    the values of an output are moved up and down at random, and the weight is |F r|, r signs: the size of a row of F.
 
     Args:
         temperature: T, which divides the logits.
+        seed: draws the signs.
     """
 
     temperature: Temperature = 20.0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def start(self, data: UnitData) -> UnitLoss:
         """Compute the weights, from the float model."""
-        found = [perturbed(data.rest, data.targets[part], self.temperature).abs().sum(0) for part in data.parts()]
-        weights = torch.stack(found).sum(0) / len(data)
-        first = PerFirst()
+        generator, total = torch.Generator().manual_seed(self.seed), torch.zeros_like(data.targets[0])
+        for part in data.parts():
+            out = data.targets[part]
+            signs = torch.randint(2, out.shape, generator=generator).mul_(2).sub_(1).to(out)
+            total += perturbed(data.rest, out, signs, self.temperature).abs().sum(0)
+        weights, first = total / len(data), PerFirst()
         return lambda out, picks: first(((out - data.targets[picks]).square() * weights).mean())
 
 
-def perturbed(rest: Callable[[Tensor], Tensor], out: Tensor, temperature: float) -> Tensor:
-    """F 1 for every image (B, ...): the Fisher matrix of softmax(logits / T) at an output, times a vector of ones."""
+def perturbed(rest: Callable[[Tensor], Tensor], out: Tensor, move: Tensor, temperature: float) -> Tensor:
+    """F r for every image (B, ...): the Fisher matrix of softmax(logits / T) at an output, times a tensor like it.
+
+    F = J^T (diag(p) - p p^T) J / T^2, by one derivative forward and one backward.
+    """
     with torch.no_grad(), forward_ad.dual_level():
-        logits, moved = forward_ad.unpack_dual(rest(forward_ad.make_dual(out, torch.ones_like(out))))
-    probs = (logits / temperature).softmax(-1)
-    u = moved / temperature
+        logits, moved = forward_ad.unpack_dual(rest(forward_ad.make_dual(out, move)))
+    probs, u = (logits / temperature).softmax(-1), moved / temperature
     v = probs * (u - (probs * u).sum(-1, keepdim=True))  # (diag(p) - p p^T) u
     with torch.enable_grad():
         out = out.detach().requires_grad_()

@@ -17,14 +17,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
 from qat.ptq.reconstruction.adam import Adam, Draws, Group
-from qat.ptq.reconstruction.learned_weights import LearnedWeight, StartTraining, WeightRule
+from qat.ptq.reconstruction.learned_weights import LearnedWeight, StartTraining, WeightRule, straight_through
 from qat.quantizers import Quantizer
 from qat.ranges import Range, check_fields
 from qat.sites.insert import WeightSite
@@ -125,7 +125,7 @@ class CompensatedWeight(LearnedWeight):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded values of the sum."""
-        return cast(Tensor, self.quantizer(self.folded(weight)))
+        return straight_through(self.quantizer, self.folded(weight))
 
     def folded(self, weight: Tensor) -> Tensor:
         """The sum."""
@@ -162,7 +162,7 @@ class MixedRanks(LearnedWeight):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded values of the mixture."""
-        return cast(Tensor, self.quantizer(self.folded(weight)))
+        return straight_through(self.quantizer, self.folded(weight))
 
     def folded(self, weight: Tensor) -> Tensor:
         """The mixture."""
