@@ -5,18 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.ptq.reconstruction.losses import (
-    MSE,
-    FisherDiagonal,
-    Logits,
-    PerFirst,
-    PerturbationHessian,
-    Prediction,
-    ReconstructionLoss,
-    SuffixFeature,
-    fisher_weights,
-    perturbed,
-)
+from qat.ptq.aphq_vit import PerturbationHessian, perturbed
+from qat.ptq.brecq import FisherDiagonal, fisher_weights
+from qat.ptq.fima_q import FisherLowRank
+from qat.ptq.glf_q import SuffixFeature
+from qat.ptq.pd_quant import Prediction
+from qat.ptq.reconstruction.losses import MSE, Logits, PerFirst, ReconstructionLoss
 from qat.ptq.reconstruction.reconstruct import Reconstruct
 from qat.ptq.reconstruction.unit_data import UnitData
 from qat.ptq.step import Stage, Step
@@ -26,7 +20,7 @@ from qat.sites.family import family_of
 from qat.sites.insert import quantizers, switched_off
 from tests.ptq.test_output_search import batches, tiny
 
-LOSSES = [MSE(), FisherDiagonal(), PerturbationHessian(), Prediction(), Logits(), SuffixFeature()]
+LOSSES = [MSE(), FisherDiagonal(), PerturbationHessian(), Prediction(), Logits(), SuffixFeature(), FisherLowRank()]
 
 
 class Seen(Step):
@@ -104,13 +98,15 @@ def test_it_is_the_limit_of_the_difference_of_gradients():
 def test_every_loss_is_zero_for_the_float_output_and_has_a_gradient_elsewhere(loss: ReconstructionLoss):
     def see(data: UnitData) -> None:
         value, picks = loss.start(data), torch.tensor([0, 3])
+        value.refresh(0)
         with torch.enable_grad():
             out = (data.targets[picks] + 0.1 * torch.randn(data.targets[picks].shape)).requires_grad_()
             first = value(out, picks)
             first.backward()
         assert out.grad is not None
         assert bool(out.grad.isfinite().all())
-        assert float(first) == pytest.approx(1 + getattr(loss, "local", 0), abs=1e-5)
+        terms = 2 if isinstance(loss, FisherLowRank) else 1 + getattr(loss, "local", 0)
+        assert float(first) == pytest.approx(terms, abs=1e-5)
         assert float(value(data.targets[picks], picks)) == pytest.approx(0, abs=1e-5)
 
     with_data("blocks.0", see)

@@ -33,48 +33,57 @@ UnitInput = Literal["quantized", "float", "mixed"]
 
 
 @dataclass
-class Reconstruct(Step):
+class ReconstructionOptions:
+    """How long, and on how much at a time.
+
+    Args:
+        iterations: for each unit.
+        batch: images of an iteration.
+        step_lr: learning rate of the steps of activations, which falls to zero along half a cosine; 0 leaves them.
+        log_steps: learn steps as logarithms, so that the rate is relative to their size.
+        held: share of the images that only choose between the states of a unit.
+        checks: how many states are compared, beside the first one; the last of them is the end.
+        seed: draws batches and what is not quantized.
+    """
+
+    iterations: Annotated[int, Range(1, 10_000_000)] = 20_000
+    batch: Annotated[int, Range(1, 100_000)] = 32
+    step_lr: Annotated[float, Range(low=0, high=1)] = 4e-5
+    log_steps: bool = False
+    held: Annotated[float, Range(low=0, below=1)] = 0.125
+    checks: Annotated[int, Range(1, 10_000)] = 4
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass
+class Reconstruct(ReconstructionOptions, Step):
     """Train every unit, in the order of the network, to give the output of the float model.
 
     Args:
         weights: how weights are learned; null is AdaRound.
         loss: what the output of a unit is compared by; null is MSE.
         head_loss: what the output of the last unit, which are the logits, is compared by; null is Logits.
-        iterations: for each unit.
-        batch: images of an iteration.
-        step_lr: learning rate of the steps of activations, which falls to zero along half a cosine; 0 leaves them.
-        log_steps: learn steps as logarithms, so that the rate is relative to their size.
         interval_lr: learning rate of the ends of intervals, which `DFQ` has in place of a step.
         input: what a unit reads: what the ``quantized`` units before it give, what the ``float`` ones give, or a value
             of either at random (``mixed``), with the probability ``keep`` for the quantized one.
         keep: probability with which a value of an activation is quantized while a unit is trained (QDrop: 0.5).
-        held: share of the images that only choose between the states of a unit.
         curriculum: the order of the images; null for none.
-        checks: how many states are compared, beside the first one; the last of them is the end.
-        seed: draws batches and what is not quantized.
     """
 
     weights: WeightRule | None = None
     loss: ReconstructionLoss | None = None
     head_loss: ReconstructionLoss | None = None
-    iterations: Annotated[int, Range(1, 10_000_000)] = 1000
-    batch: Annotated[int, Range(1, 100_000)] = 32
-    step_lr: Annotated[float, Range(low=0, high=1)] = 4e-5
-    log_steps: bool = False
     interval_lr: Annotated[float, Range(low=0, high=1)] = 4e-5
     input: UnitInput = "quantized"
     keep: Annotated[float, Range(above=0, high=1)] = 1.0
-    held: Annotated[float, Range(low=0, below=1)] = 0.125
     curriculum: Curriculum | None = None
-    checks: Annotated[int, Range(1, 10_000)] = 4
-    seed: Seed = 0
 
     stage = Stage.RECONSTRUCT
     changes_weights = True
     needs_float = True
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def ticks(self) -> int:  # type: ignore[override]

@@ -69,6 +69,8 @@ class Training:
 
     def iterate(self, adam: Adam, picks: Tensor, progress: float) -> None:
         """One step on the loss of some images, at a share 0 to 1 of all iterations."""
+        with self.evaluating():
+            self.loss.refresh(progress)
         value = self.compared(picks)
         for weight in self.weights:
             if (term := weight.regularizer(progress)) is not None:
@@ -88,6 +90,8 @@ class Training:
         ranking = schedule.curriculum and Ranking(schedule.curriculum, T, self.images, self.losses)
         every = max(1, T // schedule.checks)
         with torch.no_grad():
+            with self.evaluating():
+                self.loss.refresh(0)
             self.compared(self.images[: self.batch])  # the first value, which all others are divided by
         best, kept = self.error(), self.state()
         with self.learning():
@@ -118,13 +122,18 @@ class Training:
     @torch.no_grad()
     def losses(self, picks: Tensor, together: int = 1) -> Tensor:
         """The present loss of images, ``together`` at a time, with the unit as it will be."""
+        run, inputs = self.data.here.unit.run, self.data.inputs
+        with self.evaluating():
+            return torch.stack([self.loss(run(inputs[part]), part) * len(part) for part in picks.split(together)])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The unit as it will be, inside the block."""
         for module in self.modules:
             module.eval()
-        run, inputs = self.data.here.unit.run, self.data.inputs
-        found = [self.loss(run(inputs[part]), part) * len(part) for part in picks.split(together)]
+        yield
         for module in self.modules:
             module.train()
-        return torch.stack(found)
 
     def error(self) -> float:
         """The mean loss of the held images."""
