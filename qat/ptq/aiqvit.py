@@ -46,6 +46,8 @@ class AIQViT(ReconstructionOptions, Preset):
 
     def steps(self) -> Sequence[Step]:
         """The start, then the reconstruction."""
-        weights = LowRank(self.rank, self.lr, self.search)
-        more = {"interval_lr": self.interval_lr, "curriculum": self.curriculum, "head_loss": MSE()}
-        return [*start(), Reconstruct(weights=weights, **more, **options_of(self, ReconstructionOptions))]
+        reconstruct = Reconstruct(
+            weights=LowRank(self.rank, self.lr, self.search), head_loss=MSE(), interval_lr=self.interval_lr,
+            curriculum=self.curriculum, **options_of(self, ReconstructionOptions),
+        )  # fmt: skip
+        return [*start(), reconstruct]

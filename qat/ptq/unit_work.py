@@ -65,10 +65,18 @@ class UnitWork:
         return seen
 
     @property
+    def index(self) -> int:
+        """How many units come before this one."""
+        return [unit.name for unit in self._units].index(self.unit.name)
+
+    @property
     def is_last(self) -> bool:
         """Whether the output of the unit is that of the model."""
-        last = family_of(self.model).units(self.model)[-1]
-        return last.name == self.unit.name
+        return self._units[-1].name == self.unit.name
+
+    @property
+    def _units(self) -> list[Unit]:
+        return family_of(self.model).units(self.model)
 
     def advance(self, ticks: int) -> None:
         """Tell the progress of a long step."""

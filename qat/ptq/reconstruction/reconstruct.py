@@ -26,7 +26,6 @@ from qat.ptq.reconstruction.training import Schedule, Training
 from qat.ptq.reconstruction.unit_data import UnitData
 from qat.ptq.step import Stage, Step
 from qat.ptq.unit_work import UnitWork
-from qat.ptq.work import Work
 from qat.ranges import Range, Seed, check_fields
 
 UnitInput = Literal["quantized", "float", "mixed"]
@@ -95,13 +94,11 @@ class Reconstruct(ReconstructionOptions, Step):
         """How weights are learned."""
         return self.weights or AdaRound()
 
-    def begin(self, work: Work) -> None:
-        """Start the random numbers."""
-        self._generator = torch.Generator().manual_seed(self.seed)
-        self._drops = torch.Generator(next(work.model.parameters()).device).manual_seed(self.seed)
-
     def finish(self, here: UnitWork) -> None:
         """Train the unit."""
+        seed = self.seed + 1_000_003 * here.index  # a unit that starts anew draws the same
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drops = torch.Generator(here.inputs[0].device).manual_seed(seed)
         rule, sites = self.rule, [site for site in here.wanted_weights() if site.name.endswith("weight_quant")]
         activations = {
             name: quantizer for name, quantizer in here.wanted_activations().items()
