@@ -17,6 +17,7 @@ from qat.ptq.full_range import FullRange
 from qat.ptq.glf_q import GLFQ
 from qat.ptq.hessian_search import HessianSearch
 from qat.ptq.init_steps import InitSteps
+from qat.ptq.is_vit import FitWeights, ISViT
 from qat.ptq.observe import Observe
 from qat.ptq.output_search import OutputSearch
 from qat.ptq.pd_quant import PDQuant
@@ -42,10 +43,12 @@ __all__ = [
     "BiasCorrection",
     "BlockSearch",
     "ChooseSoftmax",
+    "FitWeights",
     "FoldNorms",
     "Frontier",
     "FullRange",
     "HessianSearch",
+    "ISViT",
     "InitSteps",
     "Observe",
     "OutputSearch",

@@ -5,6 +5,7 @@ Shapes: B images of a batch, n all images.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,7 +67,8 @@ def perturbed(rest: Callable[[Tensor], Tensor], out: Tensor, move: Tensor, tempe
 
     F = J^T (diag(p) - p p^T) J / T^2, by one derivative forward and one backward.
     """
-    with torch.no_grad(), forward_ad.dual_level():
+    with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about how it derives some of its functions
         logits, moved = forward_ad.unpack_dual(rest(forward_ad.make_dual(out, move)))
     probs, u = (logits / temperature).softmax(-1), moved / temperature
     v = probs * (u - (probs * u).sum(-1, keepdim=True))  # (diag(p) - p p^T) u
