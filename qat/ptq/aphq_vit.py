@@ -59,7 +59,7 @@ class PerturbationHessian(ReconstructionLoss):
             signs = torch.randint(2, out.shape, generator=generator).mul_(2).sub_(1).to(out)
             total += perturbed(data.rest, out, signs, self.temperature).abs().sum(0)
         weights, first = total / len(data), PerFirst()
-        return UnitLoss(lambda out, picks: first(((out - data.targets[picks]).square() * weights).mean()))
+        return UnitLoss(lambda out, picks: first(((out - data.targets[picks]).square() * weights).mean()), [first])
 
 
 def perturbed(rest: Callable[[Tensor], Tensor], out: Tensor, move: Tensor, temperature: float) -> Tensor:

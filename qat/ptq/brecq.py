@@ -61,7 +61,9 @@ class FisherDiagonal(ReconstructionLoss):
         found = [data.gradient(run(data.inputs[part]), part, self.temperature) for part in data.parts()]
         weights = fisher_weights(torch.cat(found), self.damped)
         first = PerFirst()
-        return UnitLoss(lambda out, picks: first(((out - data.targets[picks]).square() * weights[picks]).mean()))
+        return UnitLoss(
+            lambda out, picks: first(((out - data.targets[picks]).square() * weights[picks]).mean()), [first]
+        )
 
 
 def fisher_weights(gradients: Tensor, damped: bool) -> Tensor:

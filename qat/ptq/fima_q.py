@@ -12,7 +12,7 @@ Shapes: B images of a batch, n all images, k measurements so far.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class FisherLowRank(ReconstructionLoss):
             if len(found.gradients) <= progress * self.measurements:
                 found.measure()
 
-        return UnitLoss(found.value, refresh)
+        return UnitLoss(found.value, [found], refresh)
 
 
 class Measurements:
@@ -91,9 +91,23 @@ class Measurements:
             gradient += data.gradient(out, part, self.temperature).abs().sum(0)
         self.gradients.append(gradient / len(data))
         self.errors.append(error / len(data))
+        self._combine()
+
+    def _combine(self) -> None:
         self.g, d = torch.stack(self.gradients).flatten(1), torch.stack(self.errors).flatten(1).double()  # (k, ...)
         self.inverse = low_rank_inverse(d).to(self.g)
         self.first = PerFirst(), PerFirst()
+
+    def state(self) -> Any:
+        """All measurements, and the first values since the last one."""
+        return self.gradients, self.errors, [first.state() for first in self.first]
+
+    def load(self, state: Any) -> None:
+        """Go on from there."""
+        self.gradients, self.errors = (list(part) for part in state[:2])
+        self._combine()
+        for first, own in zip(self.first, state[2], strict=True):
+            first.load(own)
 
     def value(self, out: Tensor, picks: Tensor) -> Tensor:
         """The loss."""

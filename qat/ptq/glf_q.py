@@ -71,7 +71,7 @@ class SuffixFeature(ReconstructionLoss):
             local = one((out - data.targets[picks]).square().mean())
             return two((feature(data, out) - features[picks]).square().mean()) + self.local * local
 
-        return UnitLoss(loss)
+        return UnitLoss(loss, [one, two])
 
 
 def feature(data: UnitData, out: Tensor) -> Tensor:

@@ -50,4 +50,4 @@ class Prediction(ReconstructionLoss):
             local = one((out - data.targets[picks]).square().mean())
             return two(divergence(data.rest(out), data.logits[picks])) + self.local * local
 
-        return UnitLoss(loss)
+        return UnitLoss(loss, [one, two])

@@ -63,10 +63,10 @@ def test_it_is_repeated_exactly_and_a_seed_changes_it():
 class Watched(Training):
     errors: ClassVar[list[tuple[float, float]]] = []
 
-    def run(self, *args) -> None:
+    def run(self, *args, **options) -> None:
         self.compared(self.images[: self.batch])
         before = self.error()
-        super().run(*args)
+        super().run(*args, **options)
         self.errors.append((before, self.error()))
 
 
@@ -93,8 +93,8 @@ def test_the_model_computes_what_the_training_ended_with(rule, monkeypatch):
     ends: list[Tensor] = []
 
     class Ended(Training):
-        def run(self, *args) -> None:
-            super().run(*args)
+        def run(self, *args, **options) -> None:
+            super().run(*args, **options)
             for module in self.modules:
                 module.eval()
             ends.append(self.data.here.unit.run(self.data.inputs))

@@ -22,7 +22,7 @@ from qat.ptq.reconstruction.learned_steps import LearnedSteps
 from qat.ptq.reconstruction.learned_weights import AdaRound, LearnedWeight, WeightRule
 from qat.ptq.reconstruction.losses import MSE, Logits, ReconstructionLoss
 from qat.ptq.reconstruction.stand_in import Dropped, mixed, standing_in
-from qat.ptq.reconstruction.training import Schedule, Training
+from qat.ptq.reconstruction.training import Learned, Schedule, Training
 from qat.ptq.reconstruction.unit_data import UnitData
 from qat.ptq.step import Stage, Step
 from qat.ptq.unit_work import UnitWork
@@ -42,6 +42,7 @@ class ReconstructionOptions:
         log_steps: learn steps as logarithms, so that the rate is relative to their size.
         held: share of the images that only choose between the states of a unit.
         checks: how many states are compared, beside the first one; the last of them is the end.
+        save_every: iterations between two states that a killed calibration can go on from.
         seed: draws batches and what is not quantized.
     """
 
@@ -51,6 +52,7 @@ class ReconstructionOptions:
     log_steps: bool = False
     held: Annotated[float, Range(low=0, below=1)] = 0.125
     checks: Annotated[int, Range(1, 10_000)] = 4
+    save_every: Annotated[int, Range(1, 10_000_000)] = 500
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -113,19 +115,19 @@ class Reconstruct(ReconstructionOptions, Step):
         def train(weights: Mapping[str, LearnedWeight]) -> Iterator[Training]:
             moving = LearnedSteps(activations.values(), self.step_lr > 0, self.log_steps, self.interval_lr > 0)
             groups = [Group(moving.steps, self.step_lr, cosine=True), Group(moving.ends, self.interval_lr, cosine=True)]
-            drops = {name: Dropped(q, self.keep, self._drops) for name, q in activations.items()}
-            drops = drops if self.keep < 1 else {}
-            with standing_in(here.model, {**weights, **drops}):
-                yield Training(
-                    data, partial(self._inputs, data), loss, weights, moving, drops, groups, self.batch, self.held
-                )
+            kept = activations.items() if self.keep < 1 else ()
+            dropped = {name: Dropped(quantizer, self.keep, self._drops) for name, quantizer in kept}
+            with standing_in(here.model, {**weights, **dropped}):
+                learned = Learned(weights, moving, groups, dropped, self._drops)
+                yield Training(data, partial(self._inputs, data), loss, learned, self.batch, self.held)
 
         rule.prepare(sites, train, self._generator)
         started = {site.name: rule.start(site, self._generator) for site in sites}
         learned = {name: weight for name, weight in started.items() if weight is not None}
         with train(learned) as training:
             if training.learned():
-                training.run(rule, Schedule(self.iterations, self.checks, self.curriculum), self._generator)
+                schedule = Schedule(self.iterations, self.checks, self.curriculum, self.save_every)
+                training.run(rule, schedule, self._generator, key=f"{here.unit.name} {self!r}")
         with torch.no_grad():
             for site in sites:
                 if site.name in learned:
