@@ -20,7 +20,7 @@ from qat.quantizers.named import spec_from_dict
 from qat.runs.writing import replacing
 from qat.sites.family import Unit
 
-WHAT, STATE = "calibration.json", "state.pt"
+WHAT, STATE, UNIT = "calibration.json", "state.pt", "unit_*.pt"
 
 
 class UnitStore:
@@ -96,12 +96,9 @@ class UnitStore:
         found: dict[str, Any] = content["state"]
         return found if content["key"] == key else None
 
-    def remove(self) -> None:
-        """Remove all files: the calibration has come to its end."""
-        for path in (*self.folder.glob("unit_*.pt"), self.folder / STATE, self.folder / WHAT):
-            path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+    def count(self) -> int:
+        """How many units are finished."""
+        return len(list(self.folder.glob(UNIT)))
 
     def _file(self, unit: int) -> Path:
         return self.folder / f"unit_{unit:03d}.pt"
@@ -119,6 +116,14 @@ class UnitStore:
         except Exception as error:  # torch has no common base for what a damaged file raises
             raise QatError(f"{path} cannot be read ({type(error).__name__}): remove it to do its unit again") from None
         return content
+
+
+def remove_units(folder: Path) -> None:
+    """Remove what a store has written to a folder, and the folder: the calibration has come to its end."""
+    for path in (*folder.glob(UNIT), folder / STATE, folder / WHAT):
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def tensors_of(here: UnitWork) -> dict[str, Tensor]:

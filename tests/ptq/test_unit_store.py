@@ -12,7 +12,7 @@ from qat.ptq import FIMAQ, AIQViT, ChooseSoftmax, Frontier, PTQ4ViT, PTQMethod, 
 from qat.ptq.reconstruction.curriculum import Curriculum
 from qat.ptq.reconstruction.low_rank import RankSearch
 from qat.ptq.reconstruction.training import Training
-from qat.ptq.unit_store import UnitStore
+from qat.ptq.unit_store import UnitStore, remove_units
 from qat.recipe import build_recipe
 from qat.sites.family import family_of
 from tests.ptq.test_output_search import batches, tiny
@@ -114,5 +114,5 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / files[1]).write_bytes(b"broken")
     with pytest.raises(QatError, match=r"unit_001\.pt cannot be read .*: remove it to do its unit again"):
         run(method, recipe, tmp_path)
-    UnitStore(tmp_path, {"method": repr(method)}).remove()
+    remove_units(tmp_path)
     assert not tmp_path.exists()
