@@ -21,6 +21,7 @@ from qat.checkpoint import Card
 from qat.data.imagenet import ImageNetDataModule
 from qat.errors import QatError
 from qat.ptq import InitSteps, PTQMethod, site_errors
+from qat.ptq.cache import Cache
 from qat.ptq.options import CalibrationOptions
 from qat.ptq.unit_store import UnitStore, remove_units
 from qat.runs.folder import CALIBRATED, UNITS
@@ -50,6 +51,7 @@ class Calibrate(L.Callback):
         self.method: PTQMethod = options.method or InitSteps()
         self.images, self.batch_size, self.seed = options.images, options.batch_size, options.seed
         self.folder, self.keeps_units = folder, keeps_units
+        self.cache = Cache(options.cache_gb, folder)
         self.seconds = 0.0  # duration of ``setup``
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -64,6 +66,7 @@ class Calibrate(L.Callback):
         started, name = time.perf_counter(), type(self.method).__name__
         log.info("calibrating with %s on %d images ...", name, self.images)
         module = pl_module.to(trainer.strategy.root_device)  # setup comes before Lightning moves the model
+        self.method.cache = self.cache
         with PeakMemory(module.device) as memory, self._stored(module):
             self.method(module.model, self._read(module, datamodule, self.images))
         raise_for_uncalibrated(module.model)

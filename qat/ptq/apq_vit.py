@@ -80,7 +80,7 @@ class BlockSearch(BlockSearchOptions, Step):
 
     def unit(self, here: UnitWork) -> None:
         """Compute what a unit gives in floating point, and the gradient there, once."""
-        x = torch.cat(here.inputs)[: self.images]
+        x = torch.cat(tuple(here.inputs))[: self.images]
         if not here.products:
             return
         gradient = output_gradients(here, x, torch.cat(here.work.logits)[: self.images]).unit

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.progress import Progress
 from qat.ptq.base import PTQMethod, raise_unless_calibrated
+from qat.ptq.cache import Cache
 from qat.ptq.importance import row_importance
 from qat.ptq.matrix_products import MatrixProduct, matrix_products
 from qat.ptq.norms import unit_unchanged
@@ -96,7 +97,11 @@ def run(
     if not tensors:
         raise QatError(f"no calibration image reached {next(iter(work.wanted))!r}: raise calibration.images")
     keeps_float = any(step.needs_float for step in steps)
-    float_tensors = tensors if keeps_float else None
+    cache = method.cache or Cache()
+    with switched_off(quantizer for _, quantizer in quantizers(model)):
+        cache.plan(units, tensors[0][:1], sum(map(len, tensors)), copies=1 + keeps_float)
+    inputs: Sequence[Tensor] = tensors
+    float_inputs = inputs if keeps_float else None
     products = matrix_products(model)
     if importance:
         corrected = [p for p in products if p.matrices.weight is not None and p.right in work.wanted]
@@ -108,12 +113,12 @@ def run(
     ticks = 1 + sum(step.ticks for step in steps)
     with Progress("units" if ticks == 1 else "iterations", ticks * len(units)) as work.progress:
         for i, unit in enumerate(units, 1):
-            here = UnitWork(work, unit, tensors, float_tensors, products, prefix)
+            here = UnitWork(work, unit, inputs, float_inputs, products, prefix, cache)
             if method.store is not None and method.store.has(here.index):
                 method.store.restore(here)
             else:
                 _apply(steps, here)
-            tensors, float_tensors = here.outputs(), here.float_outputs
+            inputs, float_inputs = here.outputs(), here.float_outputs
             work.progress.advance(i * ticks - work.progress.done)  # a step may have found nothing to do
     for name, quantizer in work.wanted.items():
         if quantizer.layout.batched and not quantizer.calibrated and name not in work.reached:

@@ -97,7 +97,7 @@ def test_the_model_computes_what_the_training_ended_with(rule, monkeypatch):
             super().run(*args, **options)
             for module in self.modules:
                 module.eval()
-            ends.append(self.data.here.unit.run(self.data.inputs))
+            ends.append(self.data.here.unit.run(self.data.inputs[:]))
 
     monkeypatch.setattr("qat.ptq.reconstruction.reconstruct.Training", Ended)
     model = tiny()

@@ -83,7 +83,7 @@ class Training:
         """One step on the loss of some images, at a share 0 to 1 of all iterations."""
         with self.evaluating():
             self.loss.refresh(progress)
-        value = self.compared(picks)
+        value = found = self.compared(picks)
         for weight in self.weights:
             if (term := weight.regularizer(progress)) is not None:
                 value = value + term
@@ -93,7 +93,7 @@ class Training:
         self.steps.write()
         for parameter in (*self.learned(), *self.steps.leaves):
             parameter.grad = None
-        self.data.here.advance(1)
+        self.data.here.advance(lambda: f"loss {float(found.detach()):.3f}")
 
     def run(self, rule: WeightRule, schedule: Schedule, generator: torch.Generator, key: str) -> None:
         """Train, and go back to the best state.
@@ -146,7 +146,7 @@ class Training:
         self, state: dict[str, Any], adam: Adam, draws: Draws, ranking: Ranking | None
     ) -> tuple[int, float, list[Tensor]]:
         """Go back to where an earlier process was; the iteration, the least error, and the values that gave it."""
-        device = self.data.inputs.device
+        device = self.data.inputs.device  # that of the rows that are picked
         self.restore([value.to(device) for value in state["now"]])
         adam.inner.load_state_dict(state["adam"])
         draws.waiting = state["waiting"]

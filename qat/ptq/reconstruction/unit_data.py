@@ -5,13 +5,14 @@ Shapes: n images, ... the shape of a tensor for one of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.ptq.cache import Batches, Rows
 from qat.ptq.output_gradients import after
 from qat.ptq.unit_work import UnitWork
 
@@ -29,9 +30,9 @@ class UnitData:
         assert here.float_inputs is not None
         assert here.float_outputs is not None
         self.here = here
-        self.inputs = torch.cat(here.inputs)  # (n, ...) what the quantized units before it give
-        self.float_inputs = torch.cat(here.float_inputs)
-        self.targets = torch.cat(here.float_outputs)  # (n, ...) the output of the float model
+        self.inputs = rows_of(here.inputs)  # (n, ...) what the quantized units before it give
+        self.float_inputs = rows_of(here.float_inputs)
+        self.targets = rows_of(here.float_outputs)  # (n, ...) the output of the float model
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -64,3 +65,8 @@ class UnitData:
             found, target = self.rest(out) / temperature, self.logits[picks] / temperature
             loss = F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
             return torch.autograd.grad(loss, out)[0]
+
+
+def rows_of(batches: Sequence[Tensor]) -> Rows:
+    """Batches as a tensor of all images; images themselves are copied together."""
+    return batches.rows if isinstance(batches, Batches) else Rows(torch.cat(tuple(batches)), batches[0].device)
