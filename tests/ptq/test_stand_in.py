@@ -1,5 +1,6 @@
 """What takes the place of sites: random dropping, and that a random result is not computed again in backward."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -10,10 +11,25 @@ from tests.ptq.test_output_search import tiny
 
 
 def test_the_worked_example(monkeypatch):
-    monkeypatch.setattr(stand_in.torch, "rand", lambda *args, **options: torch.tensor([0.1, 0.7, 0.4, 0.9]))
+    """With the random numbers 0.1, 0.7, 0.4 and 0.9."""
+    monkeypatch.setattr(stand_in, "chosen", lambda x, keep, generator: torch.tensor([0.1, 0.7, 0.4, 0.9]) < keep)
     quantized, plain = torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.1, 1.9, 3.2, 3.7])
     found = mixed(quantized, plain, 0.5, torch.Generator())
-    torch.testing.assert_close(found, torch.tensor([1, 1.9, 3, 3.7]))
+    assert torch.equal(found, torch.tensor([1, 1.9, 3, 3.7]))
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 1.0])
+def test_values_are_exactly_those_of_either_and_as_often_as_asked(keep):
+    quantized, plain = torch.randn(2, 100, 100), torch.randn(2, 100, 100)
+    quantized.requires_grad_()
+    plain.requires_grad_()
+    found = mixed(quantized, plain, keep, torch.Generator().manual_seed(0))
+    first = found == quantized
+    assert bool((first | (found == plain)).all())
+    assert float(first.float().mean()) == pytest.approx(keep, abs=0.02)
+    found.backward(gradient := torch.randn(found.shape))
+    assert torch.equal(quantized.grad, gradient * first)
+    assert torch.equal(plain.grad, gradient * ~first)
 
 
 def dropped(keep: float = 0.5) -> Dropped:
