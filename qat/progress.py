@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 
@@ -14,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 log = logging.getLogger(__name__)
+BAR_NOTES = 1.0  # seconds between two notes beside a bar
 
 
 class Rate(ProgressColumn):
@@ -38,6 +40,7 @@ class Progress:
         self.unit, self.total, self.shown, self.seconds = unit, total, shown, seconds
         self.done = 0
         self._start = self._last = time.monotonic()
+        self._note = ""
         terminal = shown and sys.stderr.isatty()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
         self._bar = Bar(*columns, console=Console(stderr=True), speed_estimate_period=120) if terminal else None
@@ -56,16 +59,25 @@ class Progress:
         elif self.shown and self.done:
             self._say()
 
-    def advance(self, units: int) -> None:
-        """Count these units as done."""
+    def advance(self, units: int, note: Callable[[], str] | None = None) -> None:
+        """Count these units as done.
+
+        Args:
+            units: how many.
+            note: gives a few words about the work at present; it is called only where they are shown.
+        """
         self.done += units
-        if self._bar and self._task is not None:
-            self._bar.advance(self._task, units)
-        elif self.shown and time.monotonic() - self._last >= self.seconds:
+        due = self.shown and time.monotonic() - self._last >= (BAR_NOTES if self._bar else self.seconds)
+        if due:
             self._last = time.monotonic()
+            self._note = note() if note is not None else ""
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, advance=units, description=f"{self.unit} {self._note}".strip())
+        elif due:
             self._say()
 
     def _say(self) -> None:
         rate = self.done / max(time.monotonic() - self._start, 1e-9)
         left = timedelta(seconds=round((self.total - self.done) / rate))
-        log.info("%s: %d of %d, %.1f per second, %s left", self.unit, self.done, self.total, rate, left)
+        note = f"; {self._note}" if self._note else ""
+        log.info("%s: %d of %d, %.1f per second, %s left%s", self.unit, self.done, self.total, rate, left, note)

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -20,9 +21,11 @@ from qat.checkpoint import Card
 from qat.data.imagenet import ImageNetDataModule
 from qat.errors import QatError
 from qat.ptq import InitSteps, PTQMethod, site_errors
+from qat.ptq.cache import Cache
 from qat.ptq.options import CalibrationOptions
-from qat.runs.folder import CALIBRATED
-from qat.runs.stop import raise_if_told
+from qat.ptq.unit_store import UnitStore, remove_units
+from qat.runs.folder import CALIBRATED, UNITS
+from qat.runs.stop import Stopped, raise_if_told
 from qat.sites.insert import quantizers, raise_for_uncalibrated
 from qat.training.module import QATModule
 
@@ -41,12 +44,14 @@ class Calibrate(L.Callback):
     Args:
         options: the method, how many images it sees, and the seed that draws them.
         folder: folder of the run, where ptq.ckpt is saved; it is not saved where this is None.
+        keeps_units: keep finished units there until the end, so that a calibration that is killed can go on.
     """
 
-    def __init__(self, options: CalibrationOptions, folder: Path | None = None) -> None:
+    def __init__(self, options: CalibrationOptions, folder: Path | None = None, keeps_units: bool = False) -> None:
         self.method: PTQMethod = options.method or InitSteps()
         self.images, self.batch_size, self.seed = options.images, options.batch_size, options.seed
-        self.folder = folder
+        self.folder, self.keeps_units = folder, keeps_units
+        self.cache = Cache(options.cache_gb, folder)
         self.seconds = 0.0  # duration of ``setup``
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -61,7 +66,8 @@ class Calibrate(L.Callback):
         started, name = time.perf_counter(), type(self.method).__name__
         log.info("calibrating with %s on %d images ...", name, self.images)
         module = pl_module.to(trainer.strategy.root_device)  # setup comes before Lightning moves the model
-        with PeakMemory(module.device) as memory:
+        self.method.cache = self.cache
+        with PeakMemory(module.device) as memory, self._stored(module):
             self.method(module.model, self._read(module, datamodule, self.images))
         raise_for_uncalibrated(module.model)
         module.card = with_chosen(module.card, self.method.chosen)
@@ -73,6 +79,7 @@ class Calibrate(L.Callback):
             trainer.save_checkpoint(self.folder / CALIBRATED, weights_only=True)
             if trainer.is_global_zero:
                 log.info("saved %s", self.folder / CALIBRATED)
+                remove_units(self.folder / UNITS)
         self.seconds = time.perf_counter() - started
 
     def check_devices(self, count: int, trains: bool) -> None:
@@ -83,6 +90,29 @@ class Calibrate(L.Callback):
                 "`qat calibrate` with --trainer.devices 1 first, then give its ptq.ckpt as --model.quant_checkpoint to "
                 "`qat fit`, or as --ckpt to other commands"
             )
+
+    @contextmanager
+    def _stored(self, module: QATModule) -> Iterator[None]:
+        """Keep finished units in the folder of the run until `ptq.ckpt` is there; say how a calibration can go on."""
+        if self.folder is None or not self.keeps_units:
+            yield
+            return
+        what = {
+            "method": repr(self.method), "images": self.images, "batch_size": self.batch_size, "seed": self.seed,
+            "checkpoint": str(module.options.checkpoint), **module.card.to_dict(),
+        }  # fmt: skip
+        store = self.method.store = UnitStore(self.folder / UNITS, what)
+        if done := store.count():
+            log.info("going on after %d finished units", done)
+        try:
+            yield
+        except Stopped as stopped:
+            if store.count():
+                how = f"{stopped} after {store.count()} units; the same command with --resume {self.folder} goes on"
+                raise Stopped(stopped.signum, how.removeprefix("stopped ")) from None
+            raise
+        finally:
+            self.method.store = None
 
     def _results(self, seconds: float, megabytes: float, errors: dict[str, float]) -> dict[str, Any]:
         """What checkpoint and results say about the calibration."""

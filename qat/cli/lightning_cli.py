@@ -152,7 +152,8 @@ class QatCLI(LightningCLI):
         kwargs["enable_progress_bar"] = bar
         if self._runs_on_one_device():
             kwargs["devices"] = 1
-        calibrate = [Calibrate(options.calibration, self.folder.path)] if self.calibrates else []
+        keeps = self.verb == "calibrate"
+        calibrate = [Calibrate(options.calibration, self.folder.path, keeps)] if self.calibrates else []
         try:
             if config.max_time is not None:
                 callbacks.append(TimeLimit(config.max_time))

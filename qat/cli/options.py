@@ -53,6 +53,11 @@ OF_ONE_VERB = {
             "evaluate the calibrated model; when null, where there are validation images in data.root.",
         ),
         "results_file": RESULTS_FILE,
+        "resume": Option(
+            Path | None, None,
+            "go on with a calibration that was killed, after the last unit that it finished: its folder, or the word "
+            "last for the newest one of this name. The other options are the same as before.",
+        ),
     },
     "predict": {
         "output": Option(Path | None, None, "CSV file to write: path, then class and probability, best first.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.cli.run_of_ckpt import Origin
-from qat.runs.folder import fresh_folder, parent_of_runs
+from qat.runs.folder import fresh_folder, parent_of_runs, unfinished_folder
 from qat.runs.lock import FolderLock
 from qat.runs.process import first_process
 
@@ -33,17 +33,26 @@ class RunFolder:
         Raises:
             QatError: another process writes to the folder, or it cannot be written.
         """
+        resume = config.get("resume")
         if self.path is None:
             if origin.goes_on and origin.ckpt is not None:
                 self.path = origin.ckpt.parent
             else:
                 before = origin.ckpt.resolve().parent.parent.name if origin.ckpt and origin.config else None
                 model = Path(config.model.arch.rpartition(":")[2]).name  # it may name a folder or a repository
-                parent = parent_of_runs(config.runs, name or before or model)
-                self._new_root = None if config.runs.exists() else config.runs
-                self.path = fresh_folder(parent) if first_process() else parent
+                name = name or before or model
+                self.path = (
+                    self._made(config.runs, name)
+                    if resume is None
+                    else unfinished_folder(resume.expanduser(), config.runs, name)
+                )
             self._lock = FolderLock(self.path) if first_process() else None
         return self.path
+
+    def _made(self, runs: Path, name: str) -> Path:
+        parent = parent_of_runs(runs, name)
+        self._new_root = None if runs.exists() else runs
+        return fresh_folder(parent) if first_process() else parent
 
     def close(self, refused: bool) -> None:
         """Let other commands write there; leave no folder of a command that was refused before it wrote anything."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.ptq.full_range import FullRange, full_ranges
 from qat.ptq.matrix_products import MatrixProduct
-from qat.ptq.output_gradients import float_logits, output_gradients
+from qat.ptq.output_gradients import output_gradients
 from qat.ptq.search import Ranges
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Preset, options_of
@@ -71,21 +71,19 @@ class BlockSearch(BlockSearchOptions, Step):
     """Fills any recipe; what no product reads keeps its start. Groups of one operand are scaled by the same factor."""
 
     stage = Stage.SEARCH
+    needs_logits = True
 
     def begin(self, work: Work) -> None:
         """Forget what an earlier call has kept."""
-        self._target: Tensor | None = None  # logits of the float model
         self._done: set[str] = set()  # sites of the products so far
         self._ranges: dict[str, Ranges] = {}  # of the present unit, by site
 
     def unit(self, here: UnitWork) -> None:
         """Compute what a unit gives in floating point, and the gradient there, once."""
-        x = torch.cat(here.inputs)[: self.images]
-        if self._target is None:  # the first unit: images reach it
-            self._target = float_logits(here, x)
+        x = torch.cat(tuple(here.inputs))[: self.images]
         if not here.products:
             return
-        gradient = output_gradients(here, x, self._target).unit
+        gradient = output_gradients(here, x, torch.cat(here.work.logits)[: self.images]).unit
         with switched_off(here.off):
             output = here.unit.run(x)
         self._ranges = full_ranges(here)

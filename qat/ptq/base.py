@@ -31,6 +31,8 @@ class PTQMethod(ABC):
         needs_gradients: `calibrate` runs with gradients enabled.
         chosen: after a call, the specs, as plain data, that it has put in place of those of the recipe, by site.
         report: after a call, what else there is to tell, as plain data.
+        store: a `UnitStore`, from which a calibration that was killed goes on; None where nobody asks.
+        cache: a `Cache`, which says where inputs and outputs of units are kept; None for memory.
     """
 
     # Without an annotation: as ClassVar, they would end jsonargparse's checks of the options of a subclass.
@@ -39,6 +41,8 @@ class PTQMethod(ABC):
     needs_gradients = False
     chosen = cast(dict[str, dict[str, Any]], MappingProxyType({}))
     report = cast(dict[str, Any], MappingProxyType({}))
+    store = cast(Any, None)
+    cache = cast(Any, None)
 
     def __call__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Calibrate ``model``, in place, on normalized images (B, 3, S, S) on its device.

@@ -15,6 +15,19 @@ from qat.ptq.tensor_search import TensorSearch
 from qat.ptq.weight_correction import GPTQ, Ridge
 from qat.ranges import Range, check_fields
 
+IMPORTANCE = 0.25  # share by which tokens count by how much the float model's predictions depend on them
+
+
+def start(rounds: int = 2, rows: int = 6304) -> list[Step]:
+    """What comes before weights are rounded, here and in every reconstruction."""
+    return [
+        RotateHeads(optional=True),
+        FoldNorms(optional=True, strength=None),
+        TensorSearch(),
+        OutputSearch(rounds=rounds, rows=rows),
+        Ridge(),
+    ]
+
 
 @dataclass
 class Frontier(Preset):
@@ -33,18 +46,11 @@ class Frontier(Preset):
     rounds: Annotated[int, Range(1, 1000)] = 2
     rows: Annotated[int, Range(1, 1_000_000_000)] = 6304
     damping: Annotated[float, Range(above=0, high=10)] = 0.3
-    importance: Annotated[float, Range(low=0, high=1)] = 0.25
+    importance: Annotated[float, Range(low=0, high=1)] = IMPORTANCE
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def steps(self) -> Sequence[Step]:
         """The list."""
-        return [
-            RotateHeads(optional=True),
-            FoldNorms(optional=True, strength=None),
-            TensorSearch(),
-            OutputSearch(rounds=self.rounds, rows=self.rows),
-            Ridge(),
-            GPTQ(damping=self.damping, alpha=0.0),
-        ]
+        return [*start(self.rounds, self.rows), GPTQ(damping=self.damping, alpha=0.0)]

@@ -20,7 +20,7 @@ from qat.errors import QatError
 from qat.ptq.full_range import follows_range, full_ranges
 from qat.ptq.gradient_product import GradientProduct, Side
 from qat.ptq.matrix_products import MatrixProduct
-from qat.ptq.output_gradients import float_logits, output_gradients
+from qat.ptq.output_gradients import output_gradients
 from qat.ptq.product_search import Operand
 from qat.ptq.search import Ranges
 from qat.ptq.step import Stage, Step
@@ -61,19 +61,17 @@ class HessianSearch(HessianSearchOptions, Step):
     """Fills any recipe; a quantizer for which nothing can be tried, and what no product reads, keep their start."""
 
     stage = Stage.SEARCH
+    needs_logits = True
 
     def begin(self, work: Work) -> None:
         """Forget what an earlier call has kept."""
-        self._targets: list[Tensor] = []  # logits of the float model, for every batch
         self._ranges: dict[str, Ranges] = {}  # of the present unit, by site
         self._gradients: list[Visits] = []  # at the outputs of its products, for every batch
 
     def unit(self, here: UnitWork) -> None:
         """Compute the gradients at the outputs of all products of a unit, once."""
-        if not self._targets:  # the first unit: images reach it
-            self._targets = [float_logits(here, x) for x in here.inputs]
         self._ranges = full_ranges(here)
-        pairs = zip(here.inputs, self._targets, strict=True)
+        pairs = zip(here.inputs, here.work.logits, strict=True)
         self._gradients = [output_gradients(here, x, target).products for x, target in pairs] if here.products else []
 
     def product(self, here: UnitWork, product: MatrixProduct) -> None:

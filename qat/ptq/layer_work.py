@@ -26,7 +26,7 @@ class Surroundings(Protocol):
     """What a layer has to know of the unit that it is in."""
 
     model: nn.Module
-    inputs: list[Tensor]
+    inputs: Sequence[Tensor]
     visits: Counter[str]
     work: Any
 

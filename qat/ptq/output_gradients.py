@@ -65,13 +65,6 @@ def after(here: UnitWork, x: Tensor) -> Tensor:
     return x
 
 
-@torch.no_grad()
-def float_logits(here: UnitWork, x: Tensor) -> Tensor:
-    """What the float model makes of an input (B, ...) of a unit: logits (B, classes)."""
-    with switched_off(here.off):
-        return after(here, here.unit.run(x))
-
-
 def output_gradients(here: UnitWork, x: Tensor, target: Tensor) -> Gradients:
     """Gradients for one batch, in slices of images.
 

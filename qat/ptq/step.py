@@ -14,17 +14,20 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
+import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
 from qat.progress import Progress
 from qat.ptq.base import PTQMethod, raise_unless_calibrated
+from qat.ptq.cache import Cache
 from qat.ptq.importance import row_importance
 from qat.ptq.matrix_products import MatrixProduct, matrix_products
 from qat.ptq.norms import unit_unchanged
 from qat.ptq.unit_work import UnitWork
 from qat.ptq.work import Prefix, Work
-from qat.sites.family import family_of
+from qat.sites.family import Unit, family_of
+from qat.sites.insert import quantizers, switched_off
 
 CHECKED = 8  # images on which the function of a unit is compared before and after it is rewritten
 
@@ -37,6 +40,7 @@ class Stage(IntEnum):
     SEARCH = 3  # better parameters
     WEIGHTS = 4  # weights that make up for errors of quantization, and their rounding
     BIAS = 5
+    RECONSTRUCT = 6  # of a unit whose products are complete
 
 
 class Step(PTQMethod):
@@ -44,9 +48,13 @@ class Step(PTQMethod):
 
     Attributes:
         needs_float: it reads what reaches a layer in the float model.
+        needs_logits: it reads the logits of the float model.
+        ticks: into how many parts its progress on a unit is divided.
     """
 
     needs_float = False
+    needs_logits = False
+    ticks = 0
 
     @property
     @abstractmethod
@@ -61,6 +69,9 @@ class Step(PTQMethod):
 
     def product(self, here: UnitWork, product: MatrixProduct) -> None:
         """Do the work on one product of a unit; the sites before it are complete."""
+
+    def finish(self, here: UnitWork) -> None:
+        """Do the work on a unit whose products are complete."""
 
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """Run the step alone."""
@@ -86,23 +97,45 @@ def run(
     if not tensors:
         raise QatError(f"no calibration image reached {next(iter(work.wanted))!r}: raise calibration.images")
     keeps_float = any(step.needs_float for step in steps)
-    float_tensors = tensors if keeps_float else None
+    cache = method.cache or Cache()
+    with switched_off(quantizer for _, quantizer in quantizers(model)):
+        cache.plan(units, tensors[0][:1], sum(map(len, tensors)), copies=1 + keeps_float)
+    inputs: Sequence[Tensor] = tensors
+    float_inputs = inputs if keeps_float else None
     products = matrix_products(model)
     if importance:
         corrected = [p for p in products if p.matrices.weight is not None and p.right in work.wanted]
         names = [p.right.rpartition(".")[0] for p in corrected]
         work.importance = row_importance(model, tensors, {name: model.get_submodule(name) for name in names})
         work.importance_share = importance
-    with Progress("units", len(units)) as progress:
-        for unit in units:
-            here = UnitWork(work, unit, tensors, float_tensors, products, prefix)
-            _apply(steps, here)
-            tensors, float_tensors = here.outputs(), here.float_outputs
-            progress.advance(1)
+    if any(step.needs_logits for step in steps):
+        work.logits = float_logits(model, units, tensors)
+    ticks = 1 + sum(step.ticks for step in steps)
+    with Progress("units" if ticks == 1 else "iterations", ticks * len(units)) as work.progress:
+        for i, unit in enumerate(units, 1):
+            here = UnitWork(work, unit, inputs, float_inputs, products, prefix, cache)
+            if method.store is not None and method.store.has(here.index):
+                method.store.restore(here)
+            else:
+                _apply(steps, here)
+            inputs, float_inputs = here.outputs(), here.float_outputs
+            work.progress.advance(i * ticks - work.progress.done)  # a step may have found nothing to do
     for name, quantizer in work.wanted.items():
         if quantizer.layout.batched and not quantizer.calibrated and name not in work.reached:
             raise QatError(f"no calibration image reached {name!r}: raise calibration.images")
         raise_unless_calibrated(name, quantizer)
+
+
+@torch.no_grad()
+def float_logits(model: nn.Module, units: Sequence[Unit], batches: Iterable[Tensor]) -> list[Tensor]:
+    """What the float model makes of images: logits (B, classes) for every batch."""
+    found = []
+    with switched_off(quantizer for _, quantizer in quantizers(model)):
+        for x in batches:
+            for unit in units:
+                x = unit.run(x)
+            found.append(x)
+    return found
 
 
 def _apply(steps: Sequence[Step], here: UnitWork) -> None:
@@ -112,6 +145,9 @@ def _apply(steps: Sequence[Step], here: UnitWork) -> None:
         with unit_unchanged(here.unit, here.inputs[0][:CHECKED], here.off):
             for step in rewrites:
                 step.unit(here)
+    store = here.work.method.store
+    if store is not None:
+        store.begin(here)
     here.remember()
     for step in steps:
         if step.stage == Stage.INITIALIZE:
@@ -124,3 +160,7 @@ def _apply(steps: Sequence[Step], here: UnitWork) -> None:
         for step in steps:
             step.product(here, product)
         here.forget(product)
+    for step in steps:
+        step.finish(here)
+    if store is not None:
+        store.save(here)

@@ -6,7 +6,7 @@ Shapes: B images of a batch, G groups that share a step, n values in a group.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import ceil
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.ptq.cache import Cache
 from qat.ptq.layer_work import LayerWork
 from qat.ptq.matrix_products import MatrixProduct
 from qat.ptq.work import SAMPLES, Prefix, Work, with_ends
 from qat.quantizers import Quantizer
-from qat.sites.family import Unit
+from qat.sites.family import Unit, family_of
 from qat.sites.hooks import watching
 from qat.sites.insert import WeightSite, quantizers, switched_off, weights
 
@@ -39,15 +40,17 @@ class UnitWork:
         float_inputs: what reaches it in the float model; None where no step asks for it.
         products: all products of the model.
         prefix: what the units before it give to it.
+        cache: keeps its outputs; None for memory.
     """
 
     def __init__(
-        self, work: Work, unit: Unit, inputs: list[Tensor], float_inputs: list[Tensor] | None,
-        products: Sequence[MatrixProduct], prefix: Prefix,
+        self, work: Work, unit: Unit, inputs: Sequence[Tensor], float_inputs: Sequence[Tensor] | None,
+        products: Sequence[MatrixProduct], prefix: Prefix, cache: Cache | None = None,
     ) -> None:  # fmt: skip
         self.work, self.unit, self.inputs, self.float_inputs, self.prefix = work, unit, inputs, float_inputs, prefix
         self.model, self.off = work.model, [quantizer for _, quantizer in quantizers(work.model)]
-        self.float_outputs: list[Tensor] | None = None
+        self.float_outputs: Sequence[Tensor] | None = None
+        self._cache, self._sizes = cache or Cache(), [len(x) for x in inputs]
         self._layers: dict[str, LayerWork] = {}
         self._originals: dict[str, tuple[Any, Tensor, Tensor | None]] = {}
         sites = [name for product in products for name in product.activations]
@@ -63,6 +66,24 @@ class UnitWork:
         with watching(sites, before=lambda name, _: seen.update([name])), switched_off(self.off):
             self.unit.run(self.inputs[0][:1])
         return seen
+
+    @property
+    def index(self) -> int:
+        """How many units come before this one."""
+        return [unit.name for unit in self._units].index(self.unit.name)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the output of the unit is that of the model."""
+        return self._units[-1].name == self.unit.name
+
+    @property
+    def _units(self) -> list[Unit]:
+        return family_of(self.model).units(self.model)
+
+    def advance(self, note: Callable[[], str]) -> None:
+        """Count a tick of a long step, and say a few words about it where they are shown."""
+        self.work.progress.advance(1, lambda: f"{self.unit.name}, {note()}")
 
     def wanted_weights(self) -> list[WeightSite]:
         """The weights of the unit that are to be calibrated, those of layers and tables alike."""
@@ -158,7 +179,7 @@ class UnitWork:
         """Keep, before steps change weights, what the unit computes in the float model, and its weights."""
         if self.float_inputs is not None:
             with switched_off(self.off):
-                self.float_outputs = [self.unit.run(x) for x in self.float_inputs]
+                self.float_outputs = self._cache.keep(map(self.unit.run, self.float_inputs), self._sizes)
         elif self.prefix == "quantized":
             return
         for product in self.products:
@@ -189,12 +210,12 @@ class UnitWork:
         _, weight, bias = self._originals[product.left]
         return weight, bias
 
-    def outputs(self) -> list[Tensor]:
+    def outputs(self) -> Sequence[Tensor]:
         """What the unit gives to the next one."""
         if self.prefix == "quantized":
-            return [self.unit.run(x) for x in self.inputs]
+            return self._cache.keep(map(self.unit.run, self.inputs), self._sizes)
         with switched_off(self.off), self._original_weights():
-            return [self.unit.run(x) for x in self.inputs]
+            return self._cache.keep(map(self.unit.run, self.inputs), self._sizes)
 
     @torch.no_grad()
     def start_rest(self) -> None:

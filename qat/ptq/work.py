@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qat.progress import Progress
 from qat.ptq.base import PTQMethod
 from qat.ptq.importance import Importance
 from qat.quantizers import Quantizer
@@ -32,6 +33,8 @@ class Work:
         reached: names of the activation sites that an image has reached so far.
         importance: how much the rows of the output of every layer matter; empty where no step asks.
         importance_share: by which share rows count by it; they count alike for the rest.
+        logits: those of the float model (B, classes), for every batch; empty where no step asks.
+        progress: counts ticks: one for every unit, and those of `Step.ticks`.
     """
 
     model: nn.Module
@@ -40,6 +43,8 @@ class Work:
     reached: set[str] = field(default_factory=set)
     importance: Importance = field(default_factory=dict)
     importance_share: float = 0.0
+    logits: list[Tensor] = field(default_factory=list)
+    progress: Progress = field(default_factory=lambda: Progress("units", 1, shown=False))
 
     @classmethod
     def of(cls, model: nn.Module, method: PTQMethod) -> Work:

@@ -132,6 +132,7 @@ class Quantizer(nn.Module, ABC):
         compilable: it has compiled arithmetic, which `compile_` chooses.
         even_grid: codes are ``round(clip(scaled(x), qmin, qmax))``: it has ``scaled``, ``qmin``, ``qmax``, ``offset``.
         smallest_step: the limit that `project_` keeps.
+        holds_step: ``step`` is a parameter; otherwise it follows from others.
 
     Args:
         spec: bits, range and options.
@@ -146,12 +147,14 @@ class Quantizer(nn.Module, ABC):
     compilable: ClassVar[bool] = False
     even_grid: ClassVar[bool] = False
     smallest_step: ClassVar[float] = MIN_STEP
+    holds_step: ClassVar[bool] = True
 
     def __init__(self, spec: Spec, layout: Layout) -> None:
         super().__init__()
         self.spec, self.layout = spec, layout
         self.enabled, self.compiled = True, False
-        self.step = nn.Parameter(torch.full((layout.groups,), torch.nan))
+        if self.holds_step:
+            self.step = nn.Parameter(torch.full((layout.groups,), torch.nan))
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ LAST = "last.ckpt"
 CALIBRATED = "ptq.ckpt"
 NEWEST = Path("last")  # the word that stands for the newest run
 CONFIG = "config.yaml"
+UNITS = "units"  # folder of what a calibration has finished, until it ends
 
 
 def parent_of_runs(runs: Path, name: str) -> Path:
@@ -52,6 +53,27 @@ def last_folder(runs: Path, name: str | None = None) -> Path:
             "or give the checkpoint or the folder of an older run as --ckpt"
         )
     return newest
+
+
+def unfinished_folder(resume: Path, runs: Path, name: str) -> Path:
+    """The folder of a calibration that was killed.
+
+    Args:
+        resume: that folder, or the word ``last`` for the newest one.
+        runs: folder of all runs.
+        name: of the runs among which the newest is meant.
+
+    Raises:
+        QatError: nothing in it is finished.
+    """
+    parent = parent_of_runs(runs, name)
+    found = [path.parent for path in parent.glob(f"*/{UNITS}")] if resume == NEWEST else [resume]
+    folder = max(found, key=_age) if found else parent
+    if not (folder / UNITS).is_dir():
+        raise QatError(
+            f"--resume: {folder} has no calibration that was killed after its first unit; to start one, leave it out"
+        )
+    return folder
 
 
 def find_checkpoint(ckpt: Path, runs: Path, name: str | None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from qat.cli.main import main, run
 from qat.cli.wishes import WISHES
 from qat.data.imagenet import ImageNetDataModule
 from qat.ptq import InitSteps, RepQViT
+from qat.ptq.unit_store import UnitStore
 from qat.quantizers.named import spec_from_dict
 from qat.sites.insert import quantizers
 from qat.training.module import QATModule
@@ -199,6 +201,36 @@ def test_a_signal(owner, hook, kept, signum, recipe, images, tmp_path, monkeypat
     assert bool(list(tmp_path.rglob("ptq.ckpt"))) is kept
     assert not list(tmp_path.rglob("results.json"))
     assert bool(list(tmp_path.glob("runs/*/*"))) is kept
+
+
+@pytest.mark.parametrize("word", ["last", "folder"])
+def test_a_calibration_that_was_stopped_goes_on(word, recipe, images, tmp_path, monkeypatch, capsys):
+    words = command(recipe, tmp_path / "runs", "--data.root", images)
+    assert main([*words, "--name", "whole"]) == 0
+    saved = itertools.count(1)
+    save = UnitStore.save
+
+    def stop(self, here):
+        save(self, here)
+        if next(saved) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(UnitStore, "save", stop)
+    assert main([*words, "--name", "stopped"]) == 128 + signal.SIGTERM
+    (folder,) = (tmp_path / "runs/stopped").iterdir()
+    line = f"qat: stopped by SIGTERM after 2 units; the same command with --resume {folder} goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    again = ["--resume", "last" if word == "last" else str(folder)]
+    assert main([*words, "--name", "stopped", *again, "--calibration.seed", "1"]) == 2
+    assert "is of a calibration with another seed (0)" in capsys.readouterr().err
+    assert main([*words, "--name", "stopped", *again]) == 0
+    assert not (folder / "units").exists()
+    (whole,) = (tmp_path / "runs/whole").glob("*/ptq.ckpt")
+    contents = [torch.load(path, weights_only=True)["state_dict"] for path in (whole, folder / "ptq.ckpt")]
+    assert contents[0].keys() == contents[1].keys()
+    assert all(torch.equal(value, contents[1][name]) for name, value in contents[0].items())
+    assert main([*words, "--name", "stopped", *again]) == 2
+    assert "no calibration that was killed after its first unit" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from qat.quantizers.spec import Spec
 # Options of each kind that are worth a run of their own. A kind that has only one sign fixes it: {"signed": False}.
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "LSQ": [{}, {"offset": True}],
+    "DFQ": [{"signed": False, "zero": zero} for zero in (False, True)],
     "LogSqrt2": [{"signed": False, "zero": zero} for zero in ("last", "extra", "rounded")],
     "AdaLog": [
         {"signed": False, "zero": zero, "shifted": shifted} for zero in ("last", "extra") for shifted in (False, True)
@@ -30,6 +31,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"signed": False, "form": form, "extra": extra} for form in ("single", "half") for extra in (False, True)
     ],
     "PTF": [{"signed": False, "granularity": "channel", "zero": zero} for zero in ("code", "clipped")],
+    "SULQ": [{"signed": False}],
     "TwinGelu": [{"signed": False, "ratio": ratio} for ratio in ("power", "free")],
     "TwinSoftmax": [{"signed": False, "overlap": overlap} for overlap in (False, True)],
     "Uniform": [{}, {"zero": "code"}, {"zero": "clipped"}, {"zero": "fractional", "signed": False}, {"zero": "none"}],

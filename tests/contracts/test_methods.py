@@ -16,10 +16,27 @@ from torch import Tensor, nn
 import qat.ptq
 from qat.models import build_float
 from qat.models.vit import QuantBlock
-from qat.ptq import APQViT, InitSteps, Observe, OutputSearch, PTQ4ViT, PTQMethod, RepQViT
+from qat.ptq import (
+    BRECQ,
+    FIMAQ,
+    GLFQ,
+    AIQViT,
+    APHQViT,
+    APQViT,
+    InitSteps,
+    ISViT,
+    Observe,
+    OutputSearch,
+    PDQuant,
+    PTQ4ViT,
+    PTQMethod,
+    QDrop,
+    RepQViT,
+)
 from qat.ptq.choose_softmax import ChooseSoftmax
 from qat.ptq.fold_norms import FoldNorms
 from qat.ptq.frontier import Frontier
+from qat.ptq.reconstruction.low_rank import RankSearch
 from qat.ptq.rotate_heads import RotateHeads
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Preset, Steps
@@ -54,7 +71,9 @@ class Case:
     def plain(self) -> tuple[Rule, ...]:
         """Uniform steps at the same sites and widths, which min-max ranges then fill."""
         name = "uniform_full" if self.recipe.startswith("fq_vit") else self.recipe
-        name = "uniform" if isinstance(self.method, RepQViT) or self.recipe == "frontier" else name
+        name = (
+            "uniform" if isinstance(self.method, RepQViT) or self.recipe in ("frontier", "aiqvit", "is_vit") else name
+        )
         attention = {"class_path": "Uniform", "init_args": {"bits": 4, "zero": "code"}}
         few = [{"match": "*.attn.probs_quant", "spec": attention}] if "884" in self.recipe else []
         return tuple(build_recipe(name, few, w_bits=self.bits, a_bits=self.bits))
@@ -79,6 +98,7 @@ class Case:
 
 
 ALL = tuple(MODELS)
+SHORT: dict[str, Any] = {"iterations": 4, "batch": 4, "checks": 2}
 ROWS = 102  # 6 images of 17 tokens
 CASES = [
     Case(InitSteps(), "vvtq", 4, ALL),
@@ -109,6 +129,10 @@ CASES = [
     Case(PTQ4ViT(), "ptq4vit", 6, ("swin",)),
     Case(PTQ4ViT(), "ptq4vit_released", 4, ("vit", "sret")),
     Case(APQViT(), "apq_vit", 4, ("vit", "distilled")),
+    Case(BRECQ(**SHORT), "frontier", 4, ("vit", "swin", "sret")),
+    *(Case(kind(**SHORT), "frontier", 4, ("vit",)) for kind in (QDrop, APHQViT, FIMAQ, PDQuant, GLFQ)),
+    Case(AIQViT(**SHORT, search=RankSearch([2, 4], iterations=3)), "aiqvit", 4, ("vit", "swin")),
+    Case(ISViT(**SHORT), "is_vit", 4, ("vit", "sret")),
 ]  # fmt: skip
 PAIRS = [(case, name) for case in CASES for name in case.models]
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.models import build_float
 from qat.ptq.full_range import FullRange
-from qat.ptq.output_gradients import Gradients, float_logits, output_gradients
+from qat.ptq.output_gradients import Gradients, output_gradients
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Steps
 from qat.ptq.unit_work import UnitWork
@@ -25,6 +25,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads
 class Probe(Step):
     """Keeps the gradients of one unit."""
 
+    needs_logits = True
     unit_name: str = "blocks.0"
     found: list[Gradients] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
@@ -33,7 +34,7 @@ class Probe(Step):
 
     def unit(self, here: UnitWork) -> None:
         if not self.targets:
-            self.targets = [float_logits(here, x) for x in here.inputs]
+            self.targets = here.work.logits
         if here.unit.name == self.unit_name:
             pairs = zip(here.inputs, self.targets, strict=True)
             self.found = [output_gradients(here, x, target) for x, target in pairs]

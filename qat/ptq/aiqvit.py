@@ -1,0 +1,53 @@
+"""AIQViT (Jiang et al., AAAI 2025, arXiv 2502.04628): low-rank compensation, learned intervals, easy images first.
+
+Its authors have released no code; where the paper leaves something open, an option says what is done here. Norms are
+folded while weights are in floating point, for what is learned through the rounding of a weight does not survive a
+later change of its columns. Steps of activations stay. Every layer is `LowRank`, probabilities are quantized by `DFQ`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from qat.ptq.frontier import IMPORTANCE, start
+from qat.ptq.reconstruction.curriculum import Curriculum
+from qat.ptq.reconstruction.losses import MSE
+from qat.ptq.reconstruction.low_rank import LowRank, Rank, RankSearch
+from qat.ptq.reconstruction.reconstruct import Reconstruct, ReconstructionOptions
+from qat.ptq.step import Step
+from qat.ptq.steps import Preset, options_of
+from qat.ranges import Range
+
+
+@dataclass
+class AIQViT(ReconstructionOptions, Preset):
+    """For its recipe aiqvit, and any other one, from the start that `Frontier` has before it rounds weights.
+
+    Args:
+        rank: of the compensation of every layer; null searches one for each.
+        search: how it is searched.
+        lr: learning rate of the compensation.
+        interval_lr: learning rate of the ends of intervals; 0 leaves them.
+        curriculum: the order of the images; null for none.
+    """
+
+    iterations: Annotated[int, Range(1, 10_000_000)] = 6000
+    batch: Annotated[int, Range(1, 100_000)] = 24
+    step_lr: Annotated[float, Range(low=0, high=1)] = 0.0
+    rank: Rank | None = None
+    search: RankSearch = field(default_factory=RankSearch)
+    lr: Annotated[float, Range(above=0, high=1)] = 4e-5
+    interval_lr: Annotated[float, Range(low=0, high=1)] = 4e-5
+    curriculum: Curriculum | None = field(default_factory=Curriculum)
+
+    importance = IMPORTANCE
+
+    def steps(self) -> Sequence[Step]:
+        """The start, then the reconstruction."""
+        reconstruct = Reconstruct(
+            weights=LowRank(self.rank, self.lr, self.search), head_loss=MSE(), interval_lr=self.interval_lr,
+            curriculum=self.curriculum, **options_of(self, ReconstructionOptions),
+        )  # fmt: skip
+        return [*start(), reconstruct]

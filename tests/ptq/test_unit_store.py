@@ -1,0 +1,118 @@
+"""A calibration that was killed goes on, to the bit; its files are its own."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qat.errors import QatError
+from qat.ptq import FIMAQ, AIQViT, ChooseSoftmax, Frontier, PTQ4ViT, PTQMethod, QDrop, Steps, TensorSearch
+from qat.ptq.reconstruction.curriculum import Curriculum
+from qat.ptq.reconstruction.low_rank import RankSearch
+from qat.ptq.reconstruction.training import Training
+from qat.ptq.unit_store import UnitStore, remove_units
+from qat.recipe import build_recipe
+from qat.sites.family import family_of
+from tests.ptq.test_output_search import batches, tiny
+
+SHORT = {"iterations": 6, "batch": 3, "checks": 3, "save_every": 2, "step_lr": 1e-3}
+METHODS = {
+    "Frontier": ("frontier", Frontier(rounds=1, rows=34)),
+    "PTQ4ViT": ("ptq4vit", PTQ4ViT(rounds=1, candidates=8)),
+    "chosen": ("frontier", Steps([TensorSearch(), ChooseSoftmax(rows=34)])),
+    "QDrop": ("frontier", QDrop(**SHORT)),
+    "FIMAQ": ("frontier", FIMAQ(**SHORT)),
+    "AIQViT": ("aiqvit", AIQViT(**SHORT, search=RankSearch([2, 4], iterations=2), curriculum=Curriculum(refresh=4))),
+}
+
+
+def model_of(recipe: str) -> nn.Module:
+    return tiny("deit", *build_recipe(recipe, w_bits=3, a_bits=3))
+
+
+def run(method: PTQMethod, recipe: str, folder: Path | None) -> nn.Module:
+    model = model_of(recipe)
+    method.store = None if folder is None else UnitStore(folder, {"method": repr(method)})
+    try:
+        method(model, batches())
+    finally:
+        method.store = None
+    return model
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_ends_with_the_same_bits_wherever_it_was_killed(name, tmp_path, monkeypatch):
+    """After every unit, and in the middle of the training of each."""
+    recipe, method = METHODS[name]
+    expected = run(method, recipe, None)
+    chosen = dict(method.chosen)
+    saves = itertools.count(1)
+
+    def killing(kind: type, attribute: str, every: int) -> None:
+        real = getattr(kind, attribute)
+
+        def save(self, *args) -> None:
+            real(self, *args)
+            if next(saves) % every == 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(kind, attribute, save)
+
+    killing(UnitStore, "save", 1)
+    killing(UnitStore, "save_state", 2)
+    for _ in range(40):
+        try:
+            found = run(method, recipe, tmp_path / "units")
+            break
+        except KeyboardInterrupt:
+            pass
+    else:
+        pytest.fail("it never came to its end")
+    assert next(saves) > 3
+    assert method.chosen == chosen
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+def test_a_unit_that_is_under_way_starts_where_it_was_saved(tmp_path, monkeypatch):
+    recipe, method = METHODS["QDrop"]
+    turns: list[float] = []
+    real = Training.iterate
+
+    def iterate(self, adam, picks, progress) -> None:
+        if len(turns) == 5:
+            turns.append(-1)
+            raise KeyboardInterrupt
+        turns.append(progress)
+        real(self, adam, picks, progress)
+
+    monkeypatch.setattr(Training, "iterate", iterate)
+    with pytest.raises(KeyboardInterrupt):
+        run(method, recipe, tmp_path)
+    run(method, recipe, tmp_path)
+    assert turns[:5] == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6])
+    assert turns[6] == pytest.approx(4 / 6), "the state after four iterations was the last one"
+
+
+def test_another_calibration_is_refused(tmp_path):
+    _, method = METHODS["Frontier"]
+    store = UnitStore(tmp_path, {"method": repr(method), "seed": 0})
+    store.save_state("key", {})
+    UnitStore(tmp_path, {"method": repr(method), "seed": 0})
+    with pytest.raises(QatError, match=r"is of a calibration with another seed \(0\)"):
+        UnitStore(tmp_path, {"method": repr(method), "seed": 1})
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    recipe, method = METHODS["chosen"]
+    run(method, recipe, tmp_path)
+    count = len(family_of(model_of(recipe)).units(model_of(recipe)))
+    files = sorted(path.name for path in tmp_path.glob("unit_*.pt"))
+    assert files == [f"unit_{i:03d}.pt" for i in range(count)]
+    (tmp_path / files[1]).write_bytes(b"broken")
+    with pytest.raises(QatError, match=r"unit_001\.pt cannot be read .*: remove it to do its unit again"):
+        run(method, recipe, tmp_path)
+    remove_units(tmp_path)
+    assert not tmp_path.exists()
