@@ -94,10 +94,10 @@ def check_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> No
     """Raise QatError unless ``state`` has the weights of ``model``, all finite, and steps above zero."""
     own = model.state_dict()
     check_state(own, with_born_biases(model, own, state) if own else state, source)
-    for name, _ in quantizers(model):
-        step: Tensor = state[f"{name}.step"]
-        if not bool((step > 0).all()):
-            raise QatError(f"{source}: a step of {name!r} is {step.min().item():g}, and steps are above 0: {DAMAGED}")
+    for name, quantizer in quantizers(model):
+        values = {own: state[f"{name}.{own}"] for own, _ in quantizer.named_parameters()}
+        if wrong := quantizer.illegal(name, values):
+            raise QatError(f"{source}: {wrong}: {DAMAGED}")
 
 
 def check_run(content: Mapping[str, Any], card: Card, source: str, resumes: bool) -> None:

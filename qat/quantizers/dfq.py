@@ -118,6 +118,11 @@ class DFQQuantizer(Quantizer):
         self.high.clamp_(NARROWEST, 1)
         self.low.copy_(torch.minimum(self.low.clamp(min=0), self.high - NARROWEST))
 
+    def illegal(self, site: str, values: Table) -> str:
+        """Whether an interval has no width."""
+        wide = values["high"] > values["low"]
+        return "" if bool(wide.all()) else f"an interval of {site!r} ends where it starts, or before"
+
 
 def below(x: Tensor, low: Tensor) -> Tensor:
     """What becomes 0: values below the interval, and 0 where it starts there."""

@@ -214,6 +214,11 @@ class Quantizer(nn.Module, ABC):
         """Move the parameters back to legal values after an optimizer step."""
         self.step.clamp_(min=self.smallest_step)
 
+    def illegal(self, site: str, values: Table) -> str:
+        """What is wrong with values of the parameters at a site; empty where a quantizer can have them."""
+        step = values["step"]
+        return "" if bool((step > 0).all()) else f"a step of {site!r} is {step.min().item():g}, and steps are above 0"
+
     def compile_(self) -> bool:
         """Use compiled arithmetic from now on; False for a quantizer that has none and stays as it is."""
         self.compiled = self.compilable

@@ -151,6 +151,24 @@ def test_no_validation_image_is_looked_at_where_that_is_said(recipe, images, tmp
     assert "top1" not in written(folder_of(tmp_path / "runs"))
 
 
+@pytest.mark.parametrize("kind", ["aiqvit", "is_vit", "adalog", "ptq4vit"])
+def test_every_kind_of_quantizer_is_trained_and_read_back(kind, recipe, images, tmp_path):
+    """Calibrated, trained for two steps, resumed for one more, and loaded: with the parameters that it has."""
+    words = ("--data.root", images, "--model.recipe", kind, "--calibration.method", "TensorSearch")
+    calibrated = run(command(recipe, tmp_path / "runs", *words, "--name", "ptq", "--validate", "false"))
+    folder = folder_of(tmp_path / "runs")
+    common = ["--config", str(recipe), "--data.root", str(images), "--model.recipe", kind, "--runs", str(tmp_path)]
+    start = ["--model.quant_checkpoint", str(folder / "ptq.ckpt"), "--data.global_batch_size", "4", "--name", "fit"]
+    run(["fit", *common, *start, "--trainer.max_steps", "2", "--trainer.limit_val_batches", "1"])
+    (ckpt,) = tmp_path.glob("fit/*/last.ckpt")
+    trained = run(["fit", "--ckpt", str(ckpt.parent), "--trainer.max_steps", "3", "--trainer.limit_val_batches", "1"])
+    model = load(ckpt)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in trained.model.model.state_dict().items())
+    before = calibrated.model.model.state_dict()
+    learned = {name for name, _ in model.named_parameters() if "probs_quant" in name}
+    assert any(not torch.equal(before[name], trained.model.model.state_dict()[name]) for name in learned)
+
+
 def test_any_folder_of_images_will_do(recipe, loose, train_only, images, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
