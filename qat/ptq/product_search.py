@@ -145,9 +145,7 @@ def improve_(operand: Operand, others: Sequence[Tensor], targets: Sequence[Tenso
     errors = OperandErrors(operand, others, targets)
     row, least, operand.points = best_parameters(operand.space, errors, errors.quick(), levels, operand.points)
     better = least < errors({name: getattr(quantizer, name).detach()[None] for name in row})[0]
-    for name, values in row.items():
-        now = getattr(quantizer, name)
-        now.copy_(torch.where(better, values, now))
+    quantizer.set_({name: torch.where(better, values, getattr(quantizer, name)) for name, values in row.items()})
     return bool(better.any())
 
 

@@ -25,6 +25,7 @@ from qat.errors import QatError
 from qat.quantizers import fitting, kernels
 from qat.quantizers.kernels import Bound, Kernels
 from qat.quantizers.layout import Affine, Layout
+from qat.quantizers.log_step import LogStep
 from qat.quantizers.space import Table
 from qat.quantizers.spec import MIN_STEP, Quantizer, Spec
 
@@ -45,12 +46,14 @@ class LSQ(Spec):
         init: ``mse``: least squared error. ``lsq``: 2 mean|x|/sqrt(qmax). ``lsq_plus``: 3 sigma for weights, ``mse``
             for activations. ``percentile``: the given share of the values is inside the range.
         percentile: for ``init: percentile``, in percent.
+        log_step: learn the logarithm of the step, at a rate that is relative to its size.
     """
 
     offset: bool = False
     grad_scale: GradScale = "numel"
     init: Init = "mse"
     percentile: float = 99.9
+    log_step: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +75,7 @@ class LSQ(Spec):
         """The module; QatError when ``grad_scale: l1`` is asked of an activation."""
         if self.grad_scale == "l1" and layout.batched:
             raise QatError("grad_scale l1 is defined for weights; choose numel, vvtq_act or none for an activation")
-        return LSQQuantizer(self, layout)
+        return (LogLSQQuantizer if self.log_step else LSQQuantizer)(self, layout)
 
 
 class LSQQuantizer(Quantizer):
@@ -154,6 +157,10 @@ class LSQQuantizer(Quantizer):
     def _table(self, step: Tensor, offset: Tensor) -> Table:
         table = {"step": step.clamp(min=MIN_STEP)}
         return table if self.offset is None else table | {"offset": offset}
+
+
+class LogLSQQuantizer(LogStep, LSQQuantizer):
+    """An `LSQQuantizer` that learns the logarithm of its step."""
 
 
 class FakeQuantize(torch.autograd.Function):

@@ -18,6 +18,7 @@ from qat.errors import QatError
 from qat.quantizers import kernels
 from qat.quantizers.kernels import Bound
 from qat.quantizers.layout import Affine, Layout
+from qat.quantizers.log_step import LogStep
 from qat.quantizers.lsq import FakeQuantize
 from qat.quantizers.space import Table
 from qat.quantizers.spec import MIN_RANGE, MIN_STEP, Quantizer, Spec
@@ -36,16 +37,20 @@ class Uniform(Spec):
             (released FQ-ViT: a range without zero loses its far end). ``fractional``: any number, as released RepQ-ViT
             has it after reparameterization; both ends of the range then lie off the grid and add a level. ``none``:
             zero, for symmetric weights.
+        log_step: learn the logarithm of the step, at a rate that is relative to its size.
     """
 
     signed: bool = False
     zero: ZeroPoint = "integer"
+    log_step: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choice("zero", ZeroPoint)
         if self.zero == "fractional" and self.signed:
             raise QatError("zero: fractional is defined for unsigned codes: leave signed out")
+        if self.zero == "fractional" and self.log_step:
+            raise QatError("log_step is not there for zero: fractional: leave one of them out")
 
     @property
     def movable(self) -> bool:
@@ -73,6 +78,8 @@ class Uniform(Spec):
 
     def build(self, layout: Layout) -> UniformQuantizer:
         """The module."""
+        if self.log_step:
+            return LogUniformQuantizer(self, layout)
         return (FractionalQuantizer if self.zero == "fractional" else UniformQuantizer)(self, layout)
 
     def from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,12 +162,16 @@ class UniformQuantizer(Quantizer):
     def set_affine_(self, step: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         """Set one step and one zero point, the nearest whole number; both are returned in the precision given."""
         zero_point = self._legal(zero_point)
-        self.step.fill_(step)
-        self.zero_point.fill_(zero_point)
+        row = {"step": step.to(self.zero_point), "zero_point": zero_point.to(self.zero_point)}
+        self.set_({name: values.expand_as(self.zero_point) for name, values in row.items()})
         return step, zero_point
 
     def _legal(self, zero_point: Tensor) -> Tensor:
         return zero_point.round()
+
+
+class LogUniformQuantizer(LogStep, UniformQuantizer):
+    """A `UniformQuantizer` that learns the logarithm of its step."""
 
 
 class FractionalQuantizer(UniformQuantizer):

@@ -21,7 +21,7 @@ from qat.quantizers.spec import Spec
 
 # Options of each kind that are worth a run of their own. A kind that has only one sign fixes it: {"signed": False}.
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
-    "LSQ": [{}, {"offset": True}],
+    "LSQ": [{}, {"offset": True}, {"offset": True, "log_step": True}],
     "DFQ": [{"signed": False, "zero": zero} for zero in (False, True)],
     "LogSqrt2": [{"signed": False, "zero": zero} for zero in ("last", "extra", "rounded")],
     "AdaLog": [
@@ -34,7 +34,14 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "SULQ": [{"signed": False}],
     "TwinGelu": [{"signed": False, "ratio": ratio} for ratio in ("power", "free")],
     "TwinSoftmax": [{"signed": False, "overlap": overlap} for overlap in (False, True)],
-    "Uniform": [{}, {"zero": "code"}, {"zero": "clipped"}, {"zero": "fractional", "signed": False}, {"zero": "none"}],
+    "Uniform": [
+        {},
+        {"zero": "code"},
+        {"zero": "clipped"},
+        {"zero": "fractional", "signed": False},
+        {"zero": "none"},
+        {"log_step": True},
+    ],
 }
 ROWS = {"IntegerNorm", "LogIntSoftmax"}  # kinds whose codes depend on a whole row: each has tests of its own
 WIDTHS = {"BitLog2": (2, 3, 4)}  # no more: its integers have up to 2**bits bits

@@ -94,8 +94,9 @@ def test_a_row_of_a_table_is_what_set_range_sets(case):
     factors = torch.tensor([1.0, 0.7, 0.4])[:, None]  # (K, 1)
     low, high = x.amin(1) * factors, x.amax(1) * factors  # (K, G)
     table = quantizer.from_range(low, high)
+    names = {name.removeprefix("log_") for name in parameters(quantizer)}  # a table has the steps themselves
     assert {name: tuple(values.shape) for name, values in table.items()} == dict.fromkeys(
-        parameters(quantizer), (3, case.layout.groups)
+        names, (3, case.layout.groups)
     )
     for k in range(3):
         quantizer.set_range_(low[k], high[k])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qat.quantizers import Quantizer
+from qat.quantizers.log_step import LogStep
 
 
 class LearnedSteps:
@@ -24,30 +25,27 @@ class LearnedSteps:
     """
 
     def __init__(self, quantizers: Iterable[Quantizer], steps: bool, logarithms: bool, intervals: bool) -> None:
-        self.quantizers = [q for q in quantizers if (steps if q.holds_step else intervals)]
+        has_step = {q: q.holds_step or isinstance(q, LogStep) for q in quantizers}
+        self.quantizers = [q for q, has in has_step.items() if (steps if has else intervals)]
         self.logarithms = logarithms
-        with_step = [quantizer for quantizer in self.quantizers if quantizer.holds_step]
-        self.read = [quantizer.step for quantizer in with_step]
-        self.steps = [nn.Parameter(step.detach().log()) for step in self.read] if logarithms else list(self.read)
-        self.ends = [p for q in self.quantizers if not q.holds_step for p in q.parameters()]
-
-    @property
-    def leaves(self) -> list[nn.Parameter]:
-        """What a forward reads."""
-        return [*self.read, *self.ends]
+        self.read = [q.step for q in self.quantizers if q.holds_step]
+        own = [q.log_step for q in self.quantizers if isinstance(q, LogStep)]
+        self.steps = own + ([nn.Parameter(step.detach().log()) for step in self.read] if logarithms else self.read)
+        self.ends = [p for q in self.quantizers if not has_step[q] for p in q.parameters()]
+        self.leaves = [*self.read, *own, *self.ends]  # what a forward reads
 
     def take_gradients(self) -> None:
         """Turn the gradients of steps into those of their logarithms: d/dln(s) = s * d/ds."""
-        if self.logarithms:
-            for step, log in zip(self.read, self.steps, strict=True):
+        if self.logarithms and self.read:
+            for step, log in zip(self.read, self.steps[-len(self.read) :], strict=True):
                 log.grad = None if step.grad is None else step.grad * step.detach()
                 step.grad = None
 
     @torch.no_grad()
     def write(self) -> None:
         """Give the quantizers what has been learned, and keep it legal."""
-        if self.logarithms:
-            for step, log in zip(self.read, self.steps, strict=True):
+        if self.logarithms and self.read:
+            for step, log in zip(self.read, self.steps[-len(self.read) :], strict=True):
                 step.copy_(log.exp())
         for quantizer in self.quantizers:
             quantizer.project_()
