@@ -55,7 +55,7 @@ def test_the_commands_of_the_readme_parse(command: str, ckpt: Path, monkeypatch:
 def test_every_config_can_be_described(config: Path) -> None:
     added = ["--config", str(ROOT / "configs/deit_t_w4a4.yaml")] if config.parent.name == "add" else []
     text = config.read_text()
-    by_flags = "recipe: vvtq" in text and "  w_bits:" not in text
+    by_flags = ("recipe: vvtq" in text or "recipe: frontier" in text) and "  w_bits:" not in text
     assert main(["describe", *added, "--config", str(config), *(BITS if by_flags else ())]) == 0
 
 

@@ -85,7 +85,7 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
         log.info("the model is calibrated already: calibration.* is not used")
     evaluates = verb != "describe" and _settle_data(verb, config, ckpt, calibrates)
     if verb != "fit":
-        model.teacher = None
+        model.teacher = model.features = None
     return Settled(ckpt, calibrates, evaluates, run, replaced)
 
 

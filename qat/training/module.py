@@ -27,6 +27,7 @@ from qat.models import param_groups, regroup
 from qat.preprocessing import Preprocessing
 from qat.quantizers.projection import Projection
 from qat.sites.insert import WeightSite, quantizers, raise_for_uncalibrated
+from qat.training.features import FeatureLoss
 from qat.training.finite import FiniteCheck
 from qat.training.length import total_steps
 from qat.training.losses import cross_entropy, entropy
@@ -58,11 +59,10 @@ class QATModule(L.LightningModule):
         # In a tuple, so that it is no submodule: a teacher has no place in the checkpoint or the optimizer.
         self.teacher: tuple[Teacher, ...] = ()
         if options.teacher is not None:
-            self.teacher = (
-                build_teacher(
-                    options.teacher, options.teacher_checkpoint, outputs, options.classes, trust=options.trust
-                ),
-            )
+            weights, names = options.teacher_checkpoint, options.classes
+            self.teacher = (build_teacher(options.teacher, weights, outputs, names, trust=options.trust),)
+        teacher = self.teacher[0].model if self.teacher else None
+        self.features = FeatureLoss(options.features, self.model, teacher)
         self.top1 = MulticlassAccuracy(outputs, average="micro")
         self.top5 = MulticlassAccuracy(outputs, average="micro", top_k=min(5, outputs))
         self.val_loss = MeanMetric(nan_strategy=torch.nan)  # keep it: without it, nothing would seem to be validated
@@ -78,10 +78,13 @@ class QATModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch of crops; QatError names the step when it is not finite."""
-        labels = self.soft_labels(batch)  # before the student's graph takes the memory
-        loss = cross_entropy(self(batch.images), batch.labels if labels is None else labels)
+        with self.features.watching_teacher():
+            labels = self.soft_labels(batch)  # before the student's graph takes the memory
+        with self.features.watching_student():
+            logits = self(batch.images)
+        loss = cross_entropy(logits, batch.labels if labels is None else labels)
         self.finite.check(loss, f"step {self.global_step} (epoch {self.current_epoch})")
-        penalties = dict(self.penalties())
+        penalties = self.features.take() | dict(self.penalties())
         detached = {name: penalty.detach() for name, penalty in penalties.items()}
         self.record = StepRecord(loss.detach(), labels, detached, self.rates(), len(batch.images), self.is_due())
         if self.record.due and not self.logs_at_batch_end:

@@ -10,6 +10,7 @@ from qat.errors import QatError
 from qat.model_args import check_model_args
 from qat.preprocessing import check_partial
 from qat.ranges import Range, Seed, check_fields
+from qat.training.features import FeatureOptions
 from qat.training.regularizers import Regularizer
 
 Rate = Annotated[float, Range(above=0, high=1e30)]  # AdamW moves a weight by so much, and float32 ends at 3.4e38
@@ -41,6 +42,7 @@ class ModelOptions:
             compilation. On a CPU the forward values are the same; gradients of steps are summed in another order.
         teacher: timm model whose outputs replace the labels; null trains on data.softlabels, or on labels.
         teacher_checkpoint: weights of the teacher: pretrained, a local file, or a checkpoint that qat fit wrote.
+        features: what modules of the student have to give, beside the outputs: that of the teacher's. Null for none.
         regularizers: losses on the weights themselves, each a class with its options, for example
             [{class_path: BinRegularizer, init_args: {weight: 0.01}}].
         lr: peak learning rate of AdamW; it is not scaled by the batch.
@@ -74,6 +76,7 @@ class ModelOptions:
     compile: bool = False
     teacher: str | None = None
     teacher_checkpoint: str = "pretrained"
+    features: FeatureOptions | None = None
     regularizers: list[Regularizer] | None = None
     lr: Rate = 5e-4
     step_lr: Rate | None = None
@@ -91,5 +94,9 @@ class ModelOptions:
         check_fields(self, "model.")
         if self.min_lr > self.lr:
             raise QatError(f"model.min_lr is {self.min_lr}, above model.lr {self.lr}: the cosine leads down to it")
+        if self.features is not None and self.teacher is None:
+            raise QatError(
+                "model.features needs a teacher that sees the same crops: give model.teacher, or leave it out"
+            )
         check_model_args(self.model_args or {})
         check_partial(self.preprocessing or {}, "model.preprocessing.")
