@@ -11,15 +11,19 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 import pytest
 
-from qat.callbacks import GradientRatio, IterativeFreezing, OscillationTracker, WeightAverage
+from qat.callbacks import FrozenCodes, GradientRatio, IterativeFreezing, OscillationTracker, WeightAverage
 from qat.data.crops import CropDistribution
 from qat.data.options import DataOptions
 from qat.errors import QatError
 from qat.labeling import import_fkd, plan
 from qat.preprocessing import Preprocessing
-from qat.ptq import InitSteps, Observe, OutputSearch, RepQViT
+from qat.ptq import GLFQ, AIQViT, InitSteps, Observe, OutputSearch, QDrop, Reconstruct, RepQViT
 from qat.ptq.options import CalibrationOptions
+from qat.ptq.reconstruction.curriculum import Curriculum
+from qat.ptq.reconstruction.learned_weights import AdaRound
+from qat.ptq.reconstruction.low_rank import LowRank, RankSearch
 from qat.ranges import Range
+from qat.training.features import FeatureOptions
 from qat.training.options import ModelOptions
 from qat.training.regularizers import BinRegularizer, Dampening
 
@@ -27,12 +31,14 @@ HERE = Path(__file__).parent
 LABELS: dict[str, Any] = {"data": plan.Folder(HERE), "teacher": "x", "out": HERE / "none.h5"}
 NEEDED: dict[type, dict[str, Any]] = {
     plan.Options: LABELS,
+    FeatureOptions: {"modules": ["blocks.0"]},
     import_fkd.Options: {**LABELS, "labels": HERE, "label_type": "ori"},
     Preprocessing: {"size": 1, "resize": 16384, "interpolation": "bicubic", "mean": (0, 0, 0), "std": (1, 1, 1)},
 }
 KINDS: list[type] = [
     ModelOptions, DataOptions, CalibrationOptions, CropDistribution, *NEEDED, Observe, OutputSearch, InitSteps, RepQViT,
     BinRegularizer, Dampening, OscillationTracker, IterativeFreezing, GradientRatio, WeightAverage,
+    FrozenCodes, FeatureOptions, QDrop, AIQViT, GLFQ, Reconstruct, AdaRound, LowRank, RankSearch, Curriculum,
 ]  # fmt: skip
 
 

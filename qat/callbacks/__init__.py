@@ -5,6 +5,7 @@ from qat.callbacks.calibrate import Calibrate
 from qat.callbacks.console import ConsoleLog
 from qat.callbacks.end_together import EndTogether
 from qat.callbacks.final_validation import FinalValidation
+from qat.callbacks.frozen_codes import FrozenCodes
 from qat.callbacks.gradient_ratio import GradientRatio
 from qat.callbacks.last import SaveLast
 from qat.callbacks.oscillation import IterativeFreezing, OscillationTracker
@@ -18,6 +19,7 @@ __all__ = [
     "ConsoleLog",
     "EndTogether",
     "FinalValidation",
+    "FrozenCodes",
     "GradientRatio",
     "IterativeFreezing",
     "OscillationTracker",

@@ -137,6 +137,20 @@ def test_freezing_resumes_to_the_bit(everything: Path, tmp_path: Path, monkeypat
     assert any(bool(state["frozen"].any()) for state in ours["callbacks"]["IterativeFreezing"]["states"].values())
 
 
+def test_a_run_whose_codes_are_held_resumes_to_the_bit(
+    everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = "[{class_path: FrozenCodes, init_args: {share: 0.8}}]"
+    args = ["fit", "--config", str(everything), "--trainer.callbacks", held, "--data.workers", "1"]
+    cli = run([*args, "--runs", str(tmp_path / "whole")])
+    run_until(15, [*args, "--runs", str(tmp_path / "parts")], monkeypatch)
+    resumed = run([*args, "--runs", str(tmp_path / "parts"), "--ckpt", "last"])
+    folders = [Path(c.trainer.default_root_dir) for c in (resumed, cli)]
+    ours, theirs = (torch.load(folder / "last.ckpt", weights_only=True) for folder in folders)
+    for key in ("state_dict", "optimizer_states"):
+        assert_same(ours[key], theirs[key], key)
+
+
 def test_freezing_and_an_average_are_refused(
     everything: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

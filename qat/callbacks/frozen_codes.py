@@ -1,0 +1,82 @@
+"""Training whose first part keeps the codes of weights, while steps, offsets, biases and norms learn."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qat.ranges import Range, checked
+from qat.sites.insert import WeightSite, weight_sites
+from qat.training.module import QATModule
+
+Share = Annotated[float, Range(above=0, high=1)]
+
+
+class FrozenCodes(L.Callback):
+    """Keeps the codes of weights for the first part of training, as EfficientQAT (arXiv 2407.11062) does for all of it.
+
+    A model that starts from a good calibration first finds steps, biases and norms that suit its codes. A weight is
+    codes times step meanwhile, also in a checkpoint, so that it can be used and resumed like any other.
+
+    Args:
+        share: of all optimizer steps, after which weights learn too.
+        sites: glob over the names of weight sites.
+    """
+
+    @checked
+    def __init__(self, share: Share = 0.25, sites: str = "*.weight_quant") -> None:
+        self.share, self.sites = share, sites
+        self._held: list[tuple[WeightSite, Tensor]] = []  # weights and their codes
+        self._hooks: list[RemovableHandle] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the codes of the weights as they are, unless a run resumes after this part."""
+        assert isinstance(pl_module, QATModule)
+        if pl_module.progress < self.share:
+            for site in weight_sites(pl_module.model, self.sites):
+                codes = site.quantizer.encode(site.weight.detach())
+                self._held.append((site, codes))
+                self._hooks.append(site.quantizer.register_forward_hook(_Values(codes)))
+            self._write()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the weights the values of their codes at the present steps; let them learn when the part is over."""
+        assert isinstance(pl_module, QATModule)
+        self._write()
+        if pl_module.progress >= self.share:
+            self._release()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave nothing in the model."""
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave nothing in the model."""
+        self._release()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        for site, codes in self._held:
+            site.weight.copy_(site.quantizer.decode(codes))
+
+    def _release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._held = [], []
+
+
+class _Values:
+    """Takes the place of what a quantizer of a weight gives: the values of codes, which depend on its steps alone."""
+
+    def __init__(self, codes: Tensor) -> None:
+        self.codes = codes
+
+    def __call__(self, quantizer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        values: Tensor = quantizer.decode(self.codes)  # type: ignore[operator]
+        return torch.add(values.to(out.dtype), args[0], alpha=0)  # so that the weight has a gradient, of zero
