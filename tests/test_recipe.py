@@ -162,6 +162,7 @@ def test_a_recipe_may_be_a_file(tmp_path):
                         "grad_scale": "none",
                         "init": "mse",
                         "percentile": 99.0,
+                        "log_step": False,
                     },
                 },
             },

@@ -77,6 +77,9 @@ def _same_recipe(given: dict[str, Any], rules: list[dict[str, Any]]) -> bool:
         more = [Rule.from_dict(rule) for rule in given.get("rules", [])]
     except QatError:
         return False
+    rules = [
+        Rule.from_dict(rule, trust=True).to_dict() for rule in rules
+    ]  # with options that came after the checkpoint
     known = {rule["match"] for rule in rules}  # a later version may have got rules for layers of other families
     table = [*(rule for rule in named if not rule.optional or rule.match in known), *more]
     return len(table) == len(rules) and all(

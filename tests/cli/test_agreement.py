@@ -29,6 +29,17 @@ def test_a_run_goes_on_after_its_recipe_has_got_rules_for_layers_of_other_famili
     check_agreement(card(("*.mlp_out_proj.input_quant", "pools.*.weight_quant")), CKPT, given())
 
 
+def test_a_run_goes_on_after_its_quantizers_have_got_options():
+    older = card()
+    for rule in older.rules:
+        if rule["spec"] is not None:
+            del rule["spec"]["init_args"]["log_step"]
+    check_agreement(older, CKPT, given())
+    older.rules[0]["spec"]["init_args"]["log_step"] = True
+    with pytest.raises(QatError, match=r"the recipe .* leave the option out"):
+        check_agreement(older, CKPT, given())
+
+
 @pytest.mark.parametrize(
     ("leave_out", "rules"),
     [

@@ -114,7 +114,7 @@ def test_every_loss_is_zero_for_the_float_output_and_has_a_gradient_elsewhere(lo
 
 def test_weights_of_images_are_those_of_the_images_that_are_picked():
     def see(data: UnitData) -> None:
-        value, noise = FisherDiagonal().start(data), torch.randn_like(data.targets)
+        value, noise = FisherDiagonal().start(data), torch.randn_like(data.targets[:])
         each = [float(value(data.targets[i : i + 1] + noise[i : i + 1], torch.tensor([i]))) for i in range(4)]
         order = torch.tensor([2, 0])
         both = float(value(data.targets[order] + noise[order], order))
