@@ -86,6 +86,8 @@ def settle(verb: str, config: Any, given: Any, ckpt: Path | None) -> Settled:
     evaluates = verb != "describe" and _settle_data(verb, config, ckpt, calibrates)
     if verb != "fit":
         model.teacher = model.features = None
+    elif model.features is not None and model.teacher is None:
+        raise QatError("model.features needs a teacher that sees the same crops: give model.teacher")
     return Settled(ckpt, calibrates, evaluates, run, replaced)
 
 

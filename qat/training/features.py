@@ -57,7 +57,9 @@ class FeatureLoss:
 
     def __init__(self, options: FeatureOptions | None, student: nn.Module, teacher: nn.Module | None) -> None:
         self.weight, self.student, self.teacher = 0.0, dict[str, nn.Module](), dict[str, nn.Module]()
-        if options is not None and teacher is not None:
+        if options is not None:
+            if teacher is None:
+                raise QatError("model.features needs a teacher that sees the same crops: give model.teacher")
             self.weight = options.weight
             self.student = modules_of(student, options.modules, "model.features.modules")
             names = options.modules if options.teacher_modules is None else options.teacher_modules

@@ -94,9 +94,5 @@ class ModelOptions:
         check_fields(self, "model.")
         if self.min_lr > self.lr:
             raise QatError(f"model.min_lr is {self.min_lr}, above model.lr {self.lr}: the cosine leads down to it")
-        if self.features is not None and self.teacher is None:
-            raise QatError(
-                "model.features needs a teacher that sees the same crops: give model.teacher, or leave it out"
-            )
         check_model_args(self.model_args or {})
         check_partial(self.preprocessing or {}, "model.preprocessing.")

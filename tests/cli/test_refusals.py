@@ -114,6 +114,7 @@ FIT = """
 --calibration.batch_size 0                  | calibration.batch_size is 0
 --calibration.batch_size -1                 | calibration.batch_size is -1
 --calibration.seed -1                       | calibration.seed is -1
+--model.features.modules [blocks.0] --model.teacher null | model.features needs a teacher that sees the same crops
 --calibration.method NoSuch                 | no such class can be used here; choose from
 --calibration.method os.path.join           | no such class can be used here; choose from
 --calibration.method.samples 3              | calibration.method.samples is given, but calibration.method is not
