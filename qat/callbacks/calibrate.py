@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Calibrate(L.Callback):
         log.info("calibrating with %s on %d images ...", name, self.images)
         module = pl_module.to(trainer.strategy.root_device)  # setup comes before Lightning moves the model
         self.method.cache = self.cache
-        with PeakMemory(module.device) as memory, self._stored(module):
+        with PeakMemory(module.device) as memory, self._stored(module, datamodule):
             self.method(module.model, self._read(module, datamodule, self.images))
         raise_for_uncalibrated(module.model)
         module.card = with_chosen(module.card, self.method.chosen)
@@ -92,14 +93,16 @@ class Calibrate(L.Callback):
             )
 
     @contextmanager
-    def _stored(self, module: QATModule) -> Iterator[None]:
+    def _stored(self, module: QATModule, datamodule: ImageNetDataModule) -> Iterator[None]:
         """Keep finished units in the folder of the run until `ptq.ckpt` is there; say how a calibration can go on."""
         if self.folder is None or not self.keeps_units:
             yield
             return
+        card = {name: value for name, value in module.card.to_dict().items() if name != "rules"}
         what = {
             "method": repr(self.method), "images": self.images, "batch_size": self.batch_size, "seed": self.seed,
-            "checkpoint": str(module.options.checkpoint), **module.card.to_dict(),
+            "place": datamodule.calibration_place, "weights": digest(module.model), **card,
+            "recipe": sha256(repr(module.card.rules).encode()).hexdigest(),
         }  # fmt: skip
         store = self.method.store = UnitStore(self.folder / UNITS, what)
         if done := store.count():
@@ -108,8 +111,9 @@ class Calibrate(L.Callback):
             yield
         except Stopped as stopped:
             if store.count():
-                how = f"{stopped} after {store.count()} units; the same command with --resume {self.folder} goes on"
-                raise Stopped(stopped.signum, how.removeprefix("stopped ")) from None
+                how = str(stopped).removeprefix("stopped ")
+                how += f" after {store.count()} finished units; the same command with --resume {self.folder} goes on"
+                raise Stopped(stopped.signum, how) from None
             raise
         finally:
             self.method.store = None
@@ -130,6 +134,14 @@ class Calibrate(L.Callback):
 
     def _read(self, module: QATModule, datamodule: ImageNetDataModule, images: int) -> CalibrationImages:
         return CalibrationImages(module, datamodule, images, self.batch_size, self.seed)
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of all values of a model, as text: another one stands for other values."""
+    found = sha256()
+    for value in model.state_dict().values():
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def with_chosen(card: Card, chosen: dict[str, dict[str, Any]]) -> Card:

@@ -30,13 +30,14 @@ class FrozenCodes(L.Callback):
     @checked
     def __init__(self, share: Share = 0.25, sites: str = "*.weight_quant") -> None:
         self.share, self.sites = share, sites
+        self._released = False
         self._held: list[tuple[WeightSite, Tensor]] = []  # weights and their codes
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the codes of the weights as they are, unless a run resumes after this part."""
         assert isinstance(pl_module, QATModule)
-        if pl_module.progress < self.share:
+        if pl_module.progress < self.share and not self._released:
             for site in weight_sites(pl_module.model, self.sites):
                 codes = site.quantizer.encode(site.weight.detach())
                 self._held.append((site, codes))
@@ -49,8 +50,10 @@ class FrozenCodes(L.Callback):
         """Give the weights the values of their codes at the present steps; let them learn when the part is over."""
         assert isinstance(pl_module, QATModule)
         self._write()
-        if pl_module.progress >= self.share:
+        if self._held and pl_module.progress >= self.share:
+            self._forget_moments(trainer)
             self._release()
+            self._released = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave nothing in the model."""
@@ -59,6 +62,21 @@ class FrozenCodes(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave nothing in the model."""
         self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether weights learn by now, so that a longer run does not hold them again."""
+        return {"released": self._released}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._released = state_dict["released"]
+
+    def _forget_moments(self, trainer: L.Trainer) -> None:
+        """Let AdamW begin anew for the weights: its first steps are too large after many gradients of zero."""
+        for optimizer in trainer.optimizers:
+            for site, _ in self._held:
+                if "step" in optimizer.state.get(site.weight, {}):
+                    optimizer.state[site.weight]["step"].zero_()
 
     @torch.no_grad()
     def _write(self) -> None:
@@ -79,4 +97,6 @@ class _Values:
 
     def __call__(self, quantizer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         values: Tensor = quantizer.decode(self.codes)  # type: ignore[operator]
+        fixed = values.detach()
+        values = fixed + (values - fixed) * quantizer.gain(args[0])  # type: ignore[operator]
         return torch.add(values.to(out.dtype), args[0], alpha=0)  # so that the weight has a gradient, of zero

@@ -202,6 +202,11 @@ class ImageNetDataModule(L.LightningDataModule):
         """Every image to predict once, in order, spread over the ranks; all labels are -1."""
         return self._evaluation(self._unlabelled(self._prediction_source()))
 
+    @property
+    def calibration_place(self) -> list[str]:
+        """Where the images of a calibration come from, and what becomes of broken ones."""
+        return [str(part) for part in (self.options.root, self._calibration_folder, self.options.on_bad_image)]
+
     def calibration_batches(self, images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Batches uint8 (b, 3, S, S) of the evaluation transform, of images that `calibration_loader` chooses."""
         tries, folder = TRIES[self.options.on_bad_image], self._calibration_folder

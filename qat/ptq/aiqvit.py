@@ -29,7 +29,6 @@ class AIQViT(ReconstructionOptions, Preset):
         rank: of the compensation of every layer; null searches one for each.
         search: how it is searched.
         lr: learning rate of the compensation.
-        interval_lr: learning rate of the ends of intervals; 0 leaves them.
         curriculum: the order of the images; null for none.
     """
 
@@ -39,7 +38,6 @@ class AIQViT(ReconstructionOptions, Preset):
     rank: Rank | None = None
     search: RankSearch = field(default_factory=RankSearch)
     lr: Annotated[float, Range(above=0, high=1)] = 4e-5
-    interval_lr: Annotated[float, Range(low=0, high=1)] = 4e-5
     curriculum: Curriculum | None = field(default_factory=Curriculum)
 
     importance = IMPORTANCE
@@ -47,7 +45,7 @@ class AIQViT(ReconstructionOptions, Preset):
     def steps(self) -> Sequence[Step]:
         """The start, then the reconstruction."""
         reconstruct = Reconstruct(
-            weights=LowRank(self.rank, self.lr, self.search), head_loss=MSE(), interval_lr=self.interval_lr,
+            weights=LowRank(self.rank, self.lr, self.search), head_loss=MSE(),
             curriculum=self.curriculum, **options_of(self, ReconstructionOptions),
         )  # fmt: skip
         return [*start(), reconstruct]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qat.ptq.qdrop import QDrop
 from qat.ptq.reconstruction.losses import PerFirst, ReconstructionLoss, Temperature, UnitLoss
@@ -67,7 +68,7 @@ def perturbed(rest: Callable[[Tensor], Tensor], out: Tensor, move: Tensor, tempe
 
     F = J^T (diag(p) - p p^T) J / T^2, by one derivative forward and one backward.
     """
-    with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about how it derives some of its functions
         logits, moved = forward_ad.unpack_dual(rest(forward_ad.make_dual(out, move)))
     probs, u = (logits / temperature).softmax(-1), moved / temperature

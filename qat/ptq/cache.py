@@ -8,6 +8,7 @@ Shapes: n images, B of a batch.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from qat.errors import QatError
 from qat.sites.family import Unit
 
 log = logging.getLogger(__name__)
@@ -128,6 +130,17 @@ class Cache:
         if like.device.type != "cpu":
             return torch.empty(shape, dtype=like.dtype)
         count = torch.Size(shape).numel()
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="qat_cache_") as file:  # lives on until it is unmapped
-            file.truncate(max(1, count * like.element_size()))
+        size = max(1, count * like.element_size())
+        try:
+            file = tempfile.NamedTemporaryFile(dir=self.folder, prefix="qat_cache_")  # noqa: SIM115
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, and not as a bus error
+            else:
+                file.truncate(size)
+        except OSError as error:
+            raise QatError(
+                f"cannot keep {size / GB:.1f} GB in {self.folder or tempfile.gettempdir()}: {error.strerror}; make "
+                "space, or raise calibration.cache_gb, which keeps it in memory"
+            ) from None
+        with file:  # lives on until it is unmapped
             return torch.from_file(file.name, shared=True, size=count, dtype=like.dtype).view(shape)

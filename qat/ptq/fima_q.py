@@ -61,7 +61,7 @@ class FisherLowRank(ReconstructionLoss):
             if len(found.gradients) <= progress * self.measurements:
                 found.measure()
 
-        return UnitLoss(found.value, [found], refresh)
+        return UnitLoss(found.value, [found], refresh, version=lambda: len(found.gradients))
 
 
 class Measurements:
@@ -104,7 +104,8 @@ class Measurements:
 
     def load(self, state: Any) -> None:
         """Go on from there."""
-        self.gradients, self.errors = (list(part) for part in state[:2])
+        device = self.data.targets.device
+        self.gradients, self.errors = ([x.to(device) for x in part] for part in state[:2])
         self._combine()
         for first, own in zip(self.first, state[2], strict=True):
             first.load(own)

@@ -39,6 +39,7 @@ class ISViT(ReconstructionOptions, Preset):
     iterations: Annotated[int, Range(1, 10_000_000)] = 1000
     batch: Annotated[int, Range(1, 100_000)] = 64
     step_lr: Annotated[float, Range(low=0, high=1)] = 0.0
+    interval_lr: Annotated[float, Range(low=0, high=1)] = 0.0
     lr: Annotated[float, Range(above=0, high=1)] = 4e-5
 
     importance = IMPORTANCE

@@ -28,7 +28,7 @@ class QDrop(ReconstructionOptions, Preset):
     """
 
     loss: ReconstructionLoss | None = None
-    keep: Annotated[float, Range(above=0, high=1)] = 0.5
+    keep: Annotated[float, Range(low=2**-16, high=1)] = 0.5
 
     importance = IMPORTANCE
 

@@ -48,11 +48,13 @@ class Step(PTQMethod):
 
     Attributes:
         needs_float: it reads what reaches a layer in the float model.
+        needs_quantized: it reads what quantized units give, so that ``prefix: float`` is refused.
         needs_logits: it reads the logits of the float model.
         ticks: into how many parts its progress on a unit is divided.
     """
 
     needs_float = False
+    needs_quantized = False
     needs_logits = False
     ticks = 0
 

@@ -40,7 +40,7 @@ class Steps(Preset):
     """A calibration put together from steps.
 
     Args:
-        list: the steps: rewrites first, then first parameters, searches, weights, biases.
+        list: the steps: rewrites first, then first parameters, searches, weights, biases, reconstruction.
         prefix: what units see: the output of the units before them as they are ``quantized``, or as ``float``.
         importance: share by which searches and corrections count the rows of a layer's output, which are tokens, by
             the Fisher information of the float model's predictions; they count alike for the rest.
@@ -53,6 +53,9 @@ class Steps(Preset):
     def __post_init__(self) -> None:
         check_fields(self)
         check_order(self.list)
+        for step in self.list if self.prefix == "float" else ():
+            if step.needs_quantized:
+                raise QatError(f"Steps: {type(step).__name__} reads what quantized units give: leave prefix: float out")
 
     def steps(self) -> Sequence[Step]:
         """The list."""
@@ -72,5 +75,5 @@ def check_order(steps: Sequence[Step]) -> None:
         if after.stage < before.stage:
             raise QatError(
                 f"Steps: {type(after).__name__} comes after {type(before).__name__}: the order is rewrites, first "
-                "parameters, searches, weights, biases"
+                "parameters, searches, weights, biases, reconstruction"
             )

@@ -49,7 +49,7 @@ class TensorSearch(Step):
 
 def fit(quantizer: Quantizer, samples: Tensor, levels: int) -> None:
     """Choose parameters by the squared error of samples (G, n), or by `init_from` where there is nothing to try."""
-    space = space_of(quantizer, samples)
+    space = None if quantizer.reads_integers else space_of(quantizer, samples)
     if space is None:
         quantizer.init_from(samples)
         return

@@ -17,10 +17,10 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.ptq.unit_work import UnitWork
 from qat.quantizers.named import spec_from_dict
-from qat.runs.writing import replacing
+from qat.runs.writing import remove_parts, replacing
 from qat.sites.family import Unit
 
-WHAT, STATE, UNIT = "calibration.json", "state.pt", "unit_*.pt"
+WHAT, STATE, UNIT = "calibration.json", "state_*.pt", "unit_*.pt"
 
 
 class UnitStore:
@@ -37,7 +37,10 @@ class UnitStore:
     def __init__(self, folder: Path, what: dict[str, Any]) -> None:
         self.folder, self.what = folder, json.loads(json.dumps(what))
         self._rewritten: dict[str, Tensor] = {}
+        remove_parts(folder)
         found = self._found()
+        if found is None and self.count():
+            raise QatError(f"{folder / WHAT} is missing or damaged, and tells what the units are of: remove {folder}")
         if found is not None and found != self.what:
             other = [key for key in self.what if found.get(key) != self.what[key]]
             raise QatError(
@@ -70,7 +73,8 @@ class UnitStore:
             "report": dict(method.report),
         }
         self._write(self._file(here.index), content)
-        (self.folder / STATE).unlink(missing_ok=True)
+        for state in self.folder.glob(STATE):
+            state.unlink()
 
     def restore(self, here: UnitWork) -> None:
         """Put a finished unit in place of what the float model has there; its float outputs come first."""
@@ -85,20 +89,23 @@ class UnitStore:
         here.work.reached.update(here.wanted_activations())
 
     def save_state(self, key: str, state: dict[str, Any]) -> None:
-        """Keep the state of a step on the unit that is under way."""
-        self._write(self.folder / STATE, {"key": key, "state": state})
+        """Keep the state of a training of the unit that is under way; a key begins with its number and a space."""
+        self._write(self._state_file(key), {"key": key, "state": state})
 
     def state(self, key: str) -> dict[str, Any] | None:
         """The state of a step, if it is the one that was under way."""
-        if not (self.folder / STATE).is_file():
+        if not self._state_file(key).is_file():
             return None
-        content = self._read(self.folder / STATE)
+        content = self._read(self._state_file(key))
         found: dict[str, Any] = content["state"]
         return found if content["key"] == key else None
 
     def count(self) -> int:
         """How many units are finished."""
         return len(list(self.folder.glob(UNIT)))
+
+    def _state_file(self, key: str) -> Path:
+        return self.folder / f"state_{key.partition(' ')[0]}.pt"
 
     def _file(self, unit: int) -> Path:
         return self.folder / f"unit_{unit:03d}.pt"
@@ -120,7 +127,8 @@ class UnitStore:
 
 def remove_units(folder: Path) -> None:
     """Remove what a store has written to a folder, and the folder: the calibration has come to its end."""
-    for path in (*folder.glob(UNIT), folder / STATE, folder / WHAT):
+    remove_parts(folder)
+    for path in (*folder.glob(UNIT), *folder.glob(STATE), folder / WHAT):
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -51,6 +51,7 @@ class UnitWork:
         self.model, self.off = work.model, [quantizer for _, quantizer in quantizers(work.model)]
         self.float_outputs: Sequence[Tensor] | None = None
         self._cache, self._sizes = cache or Cache(), [len(x) for x in inputs]
+        self.trainings = 0  # of the unit, so far
         self._layers: dict[str, LayerWork] = {}
         self._originals: dict[str, tuple[Any, Tensor, Tensor | None]] = {}
         sites = [name for product in products for name in product.activations]

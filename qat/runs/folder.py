@@ -67,9 +67,9 @@ def unfinished_folder(resume: Path, runs: Path, name: str) -> Path:
         QatError: nothing in it is finished.
     """
     parent = parent_of_runs(runs, name)
-    found = [path.parent for path in parent.glob(f"*/{UNITS}")] if resume == NEWEST else [resume]
+    found = [path.parents[1] for path in parent.glob(f"*/{UNITS}/*.json")] if resume == NEWEST else [resume]
     folder = max(found, key=_age) if found else parent
-    if not (folder / UNITS).is_dir():
+    if not any((folder / UNITS).glob("*.pt")):
         raise QatError(
             f"--resume: {folder} has no calibration that was killed after its first unit; to start one, leave it out"
         )

@@ -57,6 +57,7 @@ class FeatureLoss:
 
     def __init__(self, options: FeatureOptions | None, student: nn.Module, teacher: nn.Module | None) -> None:
         self.weight, self.student, self.teacher = 0.0, dict[str, nn.Module](), dict[str, nn.Module]()
+        names: Sequence[str] = ()
         if options is not None:
             if teacher is None:
                 raise QatError("model.features needs a teacher that sees the same crops: give model.teacher")
@@ -64,6 +65,7 @@ class FeatureLoss:
             self.student = modules_of(student, options.modules, "model.features.modules")
             names = options.modules if options.teacher_modules is None else options.teacher_modules
             self.teacher = modules_of(teacher, names, "model.features.teacher_modules")
+        self.pairs = list(zip(options.modules, names, strict=True)) if options is not None else []
         self._seen: dict[str, Tensor] = {}  # of the student
         self._wanted: dict[str, Tensor] = {}  # of the teacher
 
@@ -82,8 +84,8 @@ class FeatureLoss:
             QatError: a module has not run, or gives the teacher another shape.
         """
         parts = []
-        for name, other in zip(self.student, self.teacher, strict=True):
-            mine, target = self._seen.pop(name, None), self._wanted.pop(other, None)
+        for name, other in self.pairs:
+            mine, target = self._seen.get(name), self._wanted.get(other)
             if mine is None or target is None:
                 where = f"{name!r} has not run in the student" if mine is None else f"{other!r} not in the teacher"
                 raise QatError(f"model.features: {where}: choose modules that every forward runs")
@@ -93,6 +95,8 @@ class FeatureLoss:
                     f"{tuple(target.shape)}: choose modules, or a teacher, of the same size"
                 )
             parts.append(relative_error(mine.float(), target.float()))
+        self._seen.clear()
+        self._wanted.clear()
         return {"features": self.weight * torch.stack(parts).mean()} if parts else {}
 
 

@@ -72,6 +72,26 @@ def test_a_run_that_resumes_after_this_part_is_left_alone(images, tmp_path):
     assert not any(part._forward_hooks for part in module.model.modules())
 
 
+def test_adam_begins_anew_for_weights_that_learn(images, tmp_path):
+    """Otherwise its first steps would be too large: it has counted gradients of zero."""
+    module = tiny_module(lr=1e-3)
+    trainer = fit(module, images, tmp_path, [FrozenCodes(0.5)], max_steps=8)
+    state = trainer.optimizers[0].state
+    counts = {name: float(state[site.weight]["step"]) for site in weights(module.model) for name in [site.name]}
+    assert set(counts.values()) == {4}
+    assert float(state[module.model.cls_token]["step"]) == 8
+
+
+def test_a_longer_run_does_not_hold_them_again(images, tmp_path):
+    module, callback = tiny_module(lr=1e-3), FrozenCodes(0.25)
+    trainer = fit(module, images, tmp_path, [callback], max_steps=8)
+    module.total = 80
+    again = FrozenCodes(0.25)
+    again.load_state_dict(callback.state_dict())
+    again.on_train_start(trainer, module)
+    assert not again._held
+
+
 def test_an_error_leaves_no_hook(images, tmp_path, monkeypatch):
     module = tiny_module(lr=1e-2)
     monkeypatch.setattr(QATModule, "on_train_batch_end", lambda *args: (_ for _ in ()).throw(QatError("here")))
@@ -92,6 +112,7 @@ def test_gradients_of_steps_are_those_of_codes(images, tmp_path):
     site.quantizer.step.grad = site.weight.grad = None
     site.quantizer(site.weight).backward(upstream)
     codes = site.quantizer.encode(site.weight.detach()).float() - site.quantizer.zero_point[:, None]
-    torch.testing.assert_close(site.quantizer.step.grad, (upstream * codes).sum(1))
+    gain = site.quantizer.gain(site.weight)
+    torch.testing.assert_close(site.quantizer.step.grad, gain * (upstream * codes).sum(1))
     assert not site.weight.grad.any()
     callback.on_train_end(trainer, module)

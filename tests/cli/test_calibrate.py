@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -236,11 +237,16 @@ def test_a_calibration_that_was_stopped_goes_on(word, recipe, images, tmp_path, 
     monkeypatch.setattr(UnitStore, "save", stop)
     assert main([*words, "--name", "stopped"]) == 128 + signal.SIGTERM
     (folder,) = (tmp_path / "runs/stopped").iterdir()
-    line = f"qat: stopped by SIGTERM after 2 units; the same command with --resume {folder} goes on"
+    line = f"qat: stopped by SIGTERM after 2 finished units; the same command with --resume {folder} goes on"
     assert capsys.readouterr().err.splitlines()[-1] == line
     again = ["--resume", "last" if word == "last" else str(folder)]
     assert main([*words, "--name", "stopped", *again, "--calibration.seed", "1"]) == 2
     assert "is of a calibration with another seed (0)" in capsys.readouterr().err
+    shutil.copytree(images, tmp_path / "others")
+    assert main([*words, "--name", "stopped", *again, "--data.root", str(tmp_path / "others")]) == 2
+    assert "is of a calibration with another place" in capsys.readouterr().err
+    assert main([*words, "--name", "stopped", *again, "--seed_everything", "7"]) == 2  # the weights are random
+    assert "is of a calibration with another weights" in capsys.readouterr().err
     assert main([*words, "--name", "stopped", *again]) == 0
     assert not (folder / "units").exists()
     (whole,) = (tmp_path / "runs/whole").glob("*/ptq.ckpt")

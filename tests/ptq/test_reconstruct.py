@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qat.errors import QatError
 from qat.ptq import FoldNorms, Reconstruct, Steps, TensorSearch
+from qat.ptq.aphq_vit import PerturbationHessian
+from qat.ptq.fima_q import FisherLowRank
 from qat.ptq.reconstruction.curriculum import Curriculum
 from qat.ptq.reconstruction.learned_weights import AdaRound, Nearest, StraightThrough, WeightRule
 from qat.ptq.reconstruction.low_rank import LowRank, RankSearch
 from qat.ptq.reconstruction.training import Training
-from qat.quantizers import DFQ, Uniform
+from qat.quantizers import DFQ, LSQ, Uniform
 from qat.recipe import Rule, build_recipe
 from qat.sites.insert import quantizers, switched_off, weights
 from tests.ptq.test_output_search import MODELS, batches, state, tiny
@@ -177,3 +180,71 @@ def test_norms_are_folded_first():
     with switched_off(quantizer for _, quantizer in quantizers(plain)):
         target = logits(plain)
     assert float((logits(model) - target).square().mean() / target.square().mean()) < 0.2
+
+
+def test_a_weight_that_a_rule_cannot_learn_is_refused_before_any_work():
+    rules = [*build_recipe("uniform", w_bits=4, a_bits=4), Rule("head.weight_quant", LSQ(4, offset=True))]
+    with pytest.raises(QatError, match=r"AdaRound rounds to evenly spaced values, and 'head.weight_quant' has LSQ"):
+        short(AdaRound())(tiny("deit", *rules), [])
+
+
+def test_units_that_see_the_float_model_are_refused():
+    with pytest.raises(QatError, match="Reconstruct reads what quantized units give"):
+        Steps([TensorSearch(), short()], prefix="float")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_without_quantized_attention_and_heads(name):
+    """Fused attention has no forward derivative of its own, and a unit may have activations alone."""
+    weight, image = Uniform(4, granularity="channel"), Uniform(8)
+    hessian = short(StraightThrough(), loss=PerturbationHessian())
+    Steps([TensorSearch(), hessian])(tiny(name, Rule("*.weight_quant", weight)), batches())
+    Steps([TensorSearch(), short(SEARCHED)])(tiny(name, Rule("*.input_quant", image)), batches())
+
+
+def test_a_search_of_ranks_leaves_steps_where_they_were(monkeypatch):
+    starts: list[list[Tensor]] = []
+
+    class Started(Training):
+        def run(self, *args, **options) -> None:
+            starts.append(self.state())
+            super().run(*args, **options)
+
+    monkeypatch.setattr("qat.ptq.reconstruction.reconstruct.Training", Started)
+    for rule in (SEARCHED, LowRank(rank=1)):
+        short(rule, step_lr=0.3, iterations=1, held=0)(tiny(), batches())
+    first, second = starts[0], starts[len(starts) // 2]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a.ndim == 1)
+
+
+def test_states_are_compared_by_one_measurement(monkeypatch):
+    """FIMA-Q measures anew several times: then the error of the best state is computed again."""
+    seen: list[list[Tensor]] = []
+    real = Training._error_of
+
+    def error_of(self, values):
+        seen.append(values)
+        return real(self, values)
+
+    monkeypatch.setattr(Training, "_error_of", error_of)
+    rule = StraightThrough(lr=1e-3)
+    Steps([TensorSearch(), short(rule, loss=FisherLowRank(), iterations=10, checks=5)])(tiny(), batches())
+    assert len(seen) == 3 * 4, "of three units, after each of the measurements but the first"
+
+
+@pytest.mark.parametrize(("iterations", "checks", "compared"), [(10, 4, 4), (7, 4, 4), (5, 4, 3), (3, 4, 3)])
+def test_how_many_states_are_compared(iterations, checks, compared, monkeypatch):
+    counts: list[int] = []
+
+    class Counted(Training):
+        def error(self) -> float:
+            counts[-1] += 1
+            return super().error()
+
+        def run(self, *args, **options) -> None:
+            counts.append(0)
+            super().run(*args, **options)
+
+    monkeypatch.setattr("qat.ptq.reconstruction.reconstruct.Training", Counted)
+    short(StraightThrough(), iterations=iterations, checks=checks)(tiny(), batches())
+    assert set(counts) == {compared + 1}, "and the first one"

@@ -8,7 +8,19 @@ import torch
 from torch import nn
 
 from qat.errors import QatError
-from qat.ptq import FIMAQ, AIQViT, ChooseSoftmax, Frontier, PTQ4ViT, PTQMethod, QDrop, Steps, TensorSearch
+from qat.ptq import (
+    FIMAQ,
+    AIQViT,
+    ChooseSoftmax,
+    Frontier,
+    ISViT,
+    PTQ4ViT,
+    PTQMethod,
+    QDrop,
+    Reconstruct,
+    Steps,
+    TensorSearch,
+)
 from qat.ptq.reconstruction.curriculum import Curriculum
 from qat.ptq.reconstruction.low_rank import RankSearch
 from qat.ptq.reconstruction.training import Training
@@ -24,6 +36,8 @@ METHODS = {
     "chosen": ("frontier", Steps([TensorSearch(), ChooseSoftmax(rows=34)])),
     "QDrop": ("frontier", QDrop(**SHORT)),
     "FIMAQ": ("frontier", FIMAQ(**SHORT)),
+    "ISViT": ("is_vit", ISViT(**SHORT, lr=1e-3)),
+    "twice": ("frontier", Steps([TensorSearch(), Reconstruct(**SHORT), Reconstruct(**SHORT)])),
     "AIQViT": ("aiqvit", AIQViT(**SHORT, search=RankSearch([2, 4], iterations=2), curriculum=Curriculum(refresh=4))),
 }
 
@@ -116,3 +130,17 @@ def test_a_damaged_file_is_named(tmp_path):
         run(method, recipe, tmp_path)
     remove_units(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_units_without_their_description_are_refused(tmp_path):
+    recipe, method = METHODS["chosen"]
+    run(method, recipe, tmp_path)
+    (tmp_path / "calibration.json").write_text("")
+    with pytest.raises(QatError, match=r"calibration\.json is missing or damaged"):
+        UnitStore(tmp_path, {"method": repr(method)})
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    (tmp_path / "unit_002.pt.999999.part").write_bytes(b"x")
+    UnitStore(tmp_path, {})
+    assert not list(tmp_path.iterdir())

@@ -25,7 +25,8 @@ class LearnedSteps:
     """
 
     def __init__(self, quantizers: Iterable[Quantizer], steps: bool, logarithms: bool, intervals: bool) -> None:
-        has_step = {q: q.holds_step or isinstance(q, LogStep) for q in quantizers}
+        free = [q for q in quantizers if not getattr(q.spec, "unit", False)]  # AdaLog can have a step of 1 for good
+        has_step = {q: q.holds_step or isinstance(q, LogStep) for q in free}
         self.quantizers = [q for q, has in has_step.items() if (steps if has else intervals)]
         self.logarithms = logarithms
         self.read = [q.step for q in self.quantizers if q.holds_step]

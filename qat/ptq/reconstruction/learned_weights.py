@@ -75,6 +75,9 @@ class WeightRule(ABC):
     ) -> None:
         """Choose, before the weights (sites) of a unit start, what cannot be chosen for all units alike."""
 
+    def check(self, site: WeightSite) -> None:  # noqa: B027  most rules can learn every weight
+        """Raise QatError, before any work, for a weight that cannot be learned in this way."""
+
     @abstractmethod
     def start(self, site: WeightSite, generator: torch.Generator) -> LearnedWeight | None:
         """A weight at its start; None where nothing is learned about it."""
@@ -134,8 +137,17 @@ class AdaRound(WeightRule):
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def check(self, site: WeightSite) -> None:
+        """Refuse values that are not evenly spaced."""
+        if site.quantizer.affine() is None:
+            raise QatError(
+                f"AdaRound rounds to evenly spaced values, and {site.name!r} has {site.quantizer.spec}: use Uniform "
+                "with a whole zero point, or another rule for weights, such as StraightThrough"
+            )
+
     def start(self, site: WeightSite, generator: torch.Generator) -> LearnedWeight:
         """V of the fractions; QatError where values are not evenly spaced."""
+        self.check(site)
         return RoundedWeight(site.quantizer, site.weight, self)
 
     def beta(self, progress: float) -> float:
@@ -150,8 +162,7 @@ class RoundedWeight(LearnedWeight):
     def __init__(self, quantizer: Quantizer, weight: Tensor, rule: AdaRound) -> None:
         super().__init__(quantizer, weight)
         affine = quantizer.affine()
-        if affine is None:
-            raise QatError(f"AdaRound rounds to evenly spaced values, and a weight has {quantizer.spec}: use Uniform")
+        assert affine is not None, "the rule has checked it"
         self.rule = rule
         self.scale, zero = quantizer.view(affine.scale, weight), quantizer.view(affine.zero_point, weight)
         self.low, self.high = affine.qmin - zero, affine.qmax - zero

@@ -38,13 +38,14 @@ class UnitLoss:
         value: from the output of the unit (B, ...), and which of all images it is for (B,), to a scalar.
         parts: what it remembers.
         refresh: is called before every iteration, with the share 0 to 1 of all of them; the unit is then as it will be.
+        version: a number that changes when values can no longer be compared with earlier ones.
     """
 
     def __init__(
         self, value: Callable[[Tensor, Tensor], Tensor], parts: Sequence[Part] = (),
-        refresh: Callable[[float], None] = lambda progress: None,
+        refresh: Callable[[float], None] = lambda progress: None, version: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
-        self.value, self.parts, self.refresh = value, parts, refresh
+        self.value, self.parts, self.refresh, self.version = value, parts, refresh, version
 
     def __call__(self, out: Tensor, picks: Tensor) -> Tensor:
         """The value."""

@@ -81,15 +81,17 @@ class LowRank(WeightRule):
     @property
     def ticks(self) -> int:  # type: ignore[override]
         """Those of the search."""
-        return 0 if self.rank else self.search.iterations
+        return 0 if self.rank else 2 * self.search.iterations
 
     def prepare(self, sites: Sequence[WeightSite], train: StartTraining, generator: torch.Generator) -> None:
         """Search a rank for every site."""
-        if self.rank:
+        if self.rank or not sites:
             return
         ranks, drop = self.search.candidates, self.search.drop_path
         mixed = {site.name: MixedRanks(site.quantizer, site.weight, ranks, drop, generator) for site in sites}
         with train(mixed) as training, training.learning():
+            if len(training.images) < 2:
+                raise QatError("LowRank searches ranks on two parts of the images: give more images, or a rank")
             order = training.images[torch.randperm(len(training.images), generator=generator)]
             count = max(1, min(len(order) - 1, int(self.search.validation * len(order))))
             factors = Group([p for weight in mixed.values() for p in weight.factors], self.lr, cosine=True)

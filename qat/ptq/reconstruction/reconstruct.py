@@ -26,7 +26,9 @@ from qat.ptq.reconstruction.training import Learned, Schedule, Training
 from qat.ptq.reconstruction.unit_data import UnitData
 from qat.ptq.step import Stage, Step
 from qat.ptq.unit_work import UnitWork
+from qat.ptq.work import Work
 from qat.ranges import Range, Seed, check_fields
+from qat.sites.insert import WeightSite, weights
 
 UnitInput = Literal["quantized", "float", "mixed"]
 
@@ -40,6 +42,7 @@ class ReconstructionOptions:
         batch: images of an iteration.
         step_lr: learning rate of the steps of activations, which falls to zero along half a cosine; 0 leaves them.
         log_steps: learn steps as logarithms, so that the rate is relative to their size.
+        interval_lr: learning rate of the ends of intervals, which `DFQ` has in place of a step; 0 leaves them.
         held: share of the images that only choose between the states of a unit.
         checks: how many states are compared, beside the first one; the last of them is the end.
         save_every: iterations between two states that a killed calibration can go on from.
@@ -50,6 +53,7 @@ class ReconstructionOptions:
     batch: Annotated[int, Range(1, 100_000)] = 32
     step_lr: Annotated[float, Range(low=0, high=1)] = 4e-5
     log_steps: bool = False
+    interval_lr: Annotated[float, Range(low=0, high=1)] = 4e-5
     held: Annotated[float, Range(low=0, below=1)] = 0.125
     checks: Annotated[int, Range(1, 10_000)] = 4
     save_every: Annotated[int, Range(1, 10_000_000)] = 500
@@ -67,7 +71,6 @@ class Reconstruct(ReconstructionOptions, Step):
         weights: how weights are learned; null is AdaRound.
         loss: what the output of a unit is compared by; null is MSE.
         head_loss: what the output of the last unit, which are the logits, is compared by; null is Logits.
-        interval_lr: learning rate of the ends of intervals, which `DFQ` has in place of a step.
         input: what a unit reads: what the ``quantized`` units before it give, what the ``float`` ones give, or a value
             of either at random (``mixed``), with the probability ``keep`` for the quantized one.
         keep: probability with which a value of an activation is quantized while a unit is trained (QDrop: 0.5).
@@ -77,14 +80,14 @@ class Reconstruct(ReconstructionOptions, Step):
     weights: WeightRule | None = None
     loss: ReconstructionLoss | None = None
     head_loss: ReconstructionLoss | None = None
-    interval_lr: Annotated[float, Range(low=0, high=1)] = 4e-5
     input: UnitInput = "quantized"
-    keep: Annotated[float, Range(above=0, high=1)] = 1.0
+    keep: Annotated[float, Range(low=2**-16, high=1)] = 1.0
     curriculum: Curriculum | None = None
 
     stage = Stage.RECONSTRUCT
     changes_weights = True
     needs_float = True
+    needs_quantized = True
 
     @property
     def ticks(self) -> int:  # type: ignore[override]
@@ -96,12 +99,19 @@ class Reconstruct(ReconstructionOptions, Step):
         """How weights are learned."""
         return self.weights or AdaRound()
 
+    def begin(self, work: Work) -> None:
+        """Refuse a weight that the rule cannot learn."""
+        for site in weights(work.model):
+            if site.name in work.wanted and is_layer(site):
+                self.rule.check(site)
+
     def finish(self, here: UnitWork) -> None:
         """Train the unit."""
+        here.trainings += 1
         seed = self.seed + 1_000_003 * here.index  # a unit that starts anew draws the same
         self._generator = torch.Generator().manual_seed(seed)
         self._drops = torch.Generator(here.inputs[0].device).manual_seed(seed)
-        rule, sites = self.rule, [site for site in here.wanted_weights() if site.name.endswith("weight_quant")]
+        rule, sites = self.rule, [site for site in here.wanted_weights() if is_layer(site)]
         activations = {
             name: quantizer for name, quantizer in here.wanted_activations().items()
             if not quantizer.replaces_softmax and not quantizer.reads_integers
@@ -109,25 +119,29 @@ class Reconstruct(ReconstructionOptions, Step):
         if not sites and not activations:
             return
         data = UnitData(here)
-        loss = ((self.head_loss or Logits()) if here.is_last else (self.loss or MSE())).start(data)
+        kind = (self.head_loss or Logits()) if here.is_last else (self.loss or MSE())
 
         @contextmanager
         def train(weights: Mapping[str, LearnedWeight]) -> Iterator[Training]:
             moving = LearnedSteps(activations.values(), self.step_lr > 0, self.log_steps, self.interval_lr > 0)
             groups = [Group(moving.steps, self.step_lr, cosine=True), Group(moving.ends, self.interval_lr, cosine=True)]
-            kept = activations.items() if self.keep < 1 else ()
+            loss, kept = kind.start(data), activations.items() if self.keep < 1 else ()
             dropped = {name: Dropped(quantizer, self.keep, self._drops) for name, quantizer in kept}
             with standing_in(here.model, {**weights, **dropped}):
                 learned = Learned(weights, moving, groups, dropped, self._drops)
                 yield Training(data, partial(self._inputs, data), loss, learned, self.batch, self.held)
 
+        start = [(p, p.detach().clone()) for q in activations.values() for p in q.parameters()]
         rule.prepare(sites, train, self._generator)
+        with torch.no_grad():
+            for parameter, value in start:  # what is prepared moves them
+                parameter.copy_(value)
         started = {site.name: rule.start(site, self._generator) for site in sites}
         learned = {name: weight for name, weight in started.items() if weight is not None}
         with train(learned) as training:
             if training.learned():
                 schedule = Schedule(self.iterations, self.checks, self.curriculum, self.save_every)
-                training.run(rule, schedule, self._generator, key=f"{here.unit.name} {self!r}")
+                training.run(rule, schedule, self._generator, key=f"{here.trainings} {self!r}")
         with torch.no_grad():
             for site in sites:
                 if site.name in learned:
@@ -138,3 +152,8 @@ class Reconstruct(ReconstructionOptions, Step):
         if self.input == "mixed":
             return mixed(data.inputs[picks], data.float_inputs[picks], self.keep, self._drops)
         return (data.float_inputs if self.input == "float" else data.inputs)[picks]
+
+
+def is_layer(site: WeightSite) -> bool:
+    """Whether a weight is that of a layer; tables are not learned."""
+    return site.name.endswith("weight_quant")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -108,22 +109,35 @@ class Training:
         adam, draws, T = Adam([weights, *self.groups]), Draws(self.batch, generator), schedule.iterations
         order = schedule.curriculum
         ranking = None if order is None else Ranking(order, T, self.images, self.losses)
-        every, store, first = max(1, T // schedule.checks), self.data.here.work.method.store, 0
+        every, store, first = ceil(T / schedule.checks), self.data.here.work.method.store, 0
         if store is not None and (state := store.state(key)) is not None:
             first, best, kept = self._go_on(state, adam, draws, ranking)
         else:
             self._first_value()
             best, kept = self.error(), self.state()
+        version = self.loss.version()
         with self.learning():
             for t in range(first, T):
                 self.iterate(adam, draws.next(ranking.at(t) if ranking else self.images), t / T)
                 if (t + 1) % every == 0 or t + 1 == T:
                     error = self.error()
+                    if self.loss.version() != version:
+                        best, version = self._error_of(kept), self.loss.version()
                     if error < best:
                         best, kept = error, self.state()
-                if store is not None and (t + 1) % schedule.save_every == 0:
+                if store is not None and ((t + 1) % schedule.save_every == 0 or t + 1 == T):
+                    if self.loss.version() != version:
+                        best, version = self._error_of(kept), self.loss.version()
                     store.save_state(key, self._under_way(t + 1, best, kept, adam, draws, ranking))
         self.restore(kept)
+
+    def _error_of(self, values: list[Tensor]) -> float:
+        """The error of the held images with other values of what is learned."""
+        now = self.state()
+        self.restore(values)
+        found = self.error()
+        self.restore(now)
+        return found
 
     @torch.no_grad()
     def _first_value(self) -> None:
