@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.ptq.frontier import IMPORTANCE, start
-from qat.ptq.reconstruction.learned_weights import LearnedWeight, StraightThrough, WeightRule
+from qat.ptq.reconstruction.learned_weights import LearnedWeight, StraightThrough, TrainedWeight
 from qat.ptq.reconstruction.losses import MSE
 from qat.ptq.reconstruction.reconstruct import Reconstruct, ReconstructionOptions
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Preset, options_of
 from qat.ptq.tensor_search import fit
 from qat.ptq.unit_work import UnitWork
-from qat.quantizers import Quantizer
-from qat.ranges import Range, check_fields
+from qat.ranges import Range
 from qat.sites.insert import WeightSite
 
 
@@ -53,37 +52,24 @@ class ISViT(ReconstructionOptions, Preset):
 
 
 @dataclass
-class FloatWeights(WeightRule):
+class FloatWeights(StraightThrough):
     """The weight is trained without rounding; its range has to be chosen again afterwards.
 
     Args:
         lr: learning rate.
     """
 
-    lr: Annotated[float, Range(above=0, high=1)] = 4e-5
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def start(self, site: WeightSite, generator: torch.Generator) -> LearnedWeight:
         """The weight."""
         return FloatWeight(site.quantizer, site.weight)
 
 
-class FloatWeight(LearnedWeight):
+class FloatWeight(TrainedWeight):
     """A weight that is trained and not rounded."""
-
-    def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
-        super().__init__(quantizer, weight)
-        self.value = nn.Parameter(weight.detach().clone())
 
     def forward(self, weight: Tensor) -> Tensor:
         """The trained values."""
         return self.value
-
-    def folded(self, weight: Tensor) -> Tensor:
-        """The trained values, which the quantizer rounds only now."""
-        return self.value.detach()
 
 
 @dataclass

@@ -122,9 +122,15 @@ class TestOtherSettings:
         assert "no " in capsys.readouterr().err
 
 
-def test_freezing_resumes_to_the_bit(everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    freezing = "[{class_path: IterativeFreezing, init_args: {freeze_above: 0.02, momentum: 0.1}}]"
-    args = ["fit", "--config", str(everything), "--trainer.callbacks", freezing, "--model.step_lr", "1e-4"]
+FREEZING = "[{class_path: IterativeFreezing, init_args: {freeze_above: 0.02, momentum: 0.1}}]"
+HOLDING = "[{class_path: FrozenCodes, init_args: {share: 0.8}}]"
+
+
+@pytest.mark.parametrize("callbacks", [FREEZING, HOLDING])
+def test_weights_that_are_frozen_resume_to_the_bit(
+    callbacks: str, everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["fit", "--config", str(everything), "--trainer.callbacks", callbacks, "--model.step_lr", "1e-4"]
     args += ["--data.workers", "1"]
     cli = run([*args, "--runs", str(tmp_path / "whole")])
     run_until(15, [*args, "--runs", str(tmp_path / "parts")], monkeypatch)
@@ -133,22 +139,12 @@ def test_freezing_resumes_to_the_bit(everything: Path, tmp_path: Path, monkeypat
     ours, theirs = (torch.load(folder / "last.ckpt", weights_only=True) for folder in folders)
     for key in ("state_dict", "optimizer_states"):
         assert_same(ours[key], theirs[key], key)
-    assert_same(ours["callbacks"]["IterativeFreezing"], theirs["callbacks"]["IterativeFreezing"])
-    assert any(bool(state["frozen"].any()) for state in ours["callbacks"]["IterativeFreezing"]["states"].values())
-
-
-def test_a_run_whose_codes_are_held_resumes_to_the_bit(
-    everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = "[{class_path: FrozenCodes, init_args: {share: 0.8}}]"
-    args = ["fit", "--config", str(everything), "--trainer.callbacks", held, "--data.workers", "1"]
-    cli = run([*args, "--runs", str(tmp_path / "whole")])
-    run_until(15, [*args, "--runs", str(tmp_path / "parts")], monkeypatch)
-    resumed = run([*args, "--runs", str(tmp_path / "parts"), "--ckpt", "last"])
-    folders = [Path(c.trainer.default_root_dir) for c in (resumed, cli)]
-    ours, theirs = (torch.load(folder / "last.ckpt", weights_only=True) for folder in folders)
-    for key in ("state_dict", "optimizer_states"):
-        assert_same(ours[key], theirs[key], key)
+    name = "IterativeFreezing" if callbacks == FREEZING else "FrozenCodes"
+    assert_same(ours["callbacks"][name], theirs["callbacks"][name])
+    if callbacks == FREEZING:
+        assert any(bool(state["frozen"].any()) for state in ours["callbacks"][name]["states"].values())
+    else:
+        assert ours["callbacks"][name] == {"released": True}
 
 
 def test_freezing_and_an_average_are_refused(

@@ -198,8 +198,11 @@ def test_models_without_quantized_attention_and_heads(name):
     """Fused attention has no forward derivative of its own, and a unit may have activations alone."""
     weight, image = Uniform(4, granularity="channel"), Uniform(8)
     hessian = short(StraightThrough(), loss=PerturbationHessian())
-    Steps([TensorSearch(), hessian])(tiny(name, Rule("*.weight_quant", weight)), batches())
-    Steps([TensorSearch(), short(SEARCHED)])(tiny(name, Rule("*.input_quant", image)), batches())
+    for step, rule in ((hessian, Rule("*.weight_quant", weight)), (short(SEARCHED), Rule("*.input_quant", image))):
+        model = tiny(name, rule)
+        Steps([TensorSearch(), step])(model, batches())
+        assert all(quantizer.calibrated for _, quantizer in quantizers(model))
+        assert bool(logits(model).isfinite().all())
 
 
 def test_a_search_of_ranks_leaves_steps_where_they_were(monkeypatch):
