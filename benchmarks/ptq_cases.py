@@ -49,12 +49,13 @@ def by_head(site: str) -> dict[str, Any]:
 
 
 FORMS = ("single_16", "single_17", "half_16", "half_17")
-REWRITES = (RotateHeads(), FoldNorms())
 HEADS = (by_head("*.attn.[qkv]_quant"), by_head("*.attn.probs_quant"))
+REWRITES = (RotateHeads(), FoldNorms())
+MILD = (RotateHeads(), FoldNorms(strength=None))  # the strength of each fold is chosen, as Frontier does it
 SEARCHES = (TensorSearch(), OutputSearch(rounds=2))
 CORRECTIONS = (Ridge(), GPTQ(alpha=0.0))
 OURS = 0.25  # importance, as Frontier has it
-ABLATION: tuple[tuple[str, str, tuple[dict[str, Any], ...], Steps], ...] = (  # what is added, recipe, rules, method
+ABLATION: tuple[tuple[str, str, tuple[dict[str, Any], ...], PTQMethod], ...] = (  # what is added, recipe, rules, method
     ("00 uniform", "uniform", (), Steps([TensorSearch(levels=0)])),
     ("01 fold", "uniform", (), Steps([FoldNorms(), TensorSearch(levels=0)])),
     ("02 heads", "uniform", HEADS, Steps([FoldNorms(), TensorSearch(levels=0)])),
@@ -63,13 +64,14 @@ ABLATION: tuple[tuple[str, str, tuple[dict[str, Any], ...], Steps], ...] = (  # 
     ("05 FPCS", "uniform", HEADS, Steps([*REWRITES, *SEARCHES])),
     ("06 AdaLog", "frontier", (), Steps([*REWRITES, *SEARCHES])),
     ("07 importance", "frontier", (), Steps([*REWRITES, *SEARCHES], importance=OURS)),
-    ("08 ridge", "frontier", (), Steps([*REWRITES, *SEARCHES, Ridge()], importance=OURS)),
-    ("09 GPTQ", "frontier", (), Steps([*REWRITES, *SEARCHES, *CORRECTIONS], importance=OURS)),
-    ("10 bias", "frontier", (), Steps([*REWRITES, *SEARCHES, *CORRECTIONS, BiasCorrection()], importance=OURS)),
+    ("08 strength", "frontier", (), Steps([*MILD, *SEARCHES], importance=OURS)),
+    ("09 ridge", "frontier", (), Steps([*MILD, *SEARCHES, Ridge()], importance=OURS)),
+    # GPTQ is added next: frontier Frontier
+    ("11 bias", "frontier", (), Steps([*MILD, *SEARCHES, *CORRECTIONS, BiasCorrection()], importance=OURS)),
 )
 VARIANTS = {  # of frontier, for what else could be in its list
-    "choose softmax": Steps([*REWRITES, TensorSearch(), ChooseSoftmax(), SEARCHES[1], *CORRECTIONS], importance=OURS),
-    "GPTAQ": Steps([*REWRITES, *SEARCHES, Ridge(), GPTQ()], importance=OURS),
+    "choose softmax": Steps([*MILD, TensorSearch(), ChooseSoftmax(), SEARCHES[1], *CORRECTIONS], importance=OURS),
+    "GPTAQ": Steps([*MILD, *SEARCHES, Ridge(), GPTQ(alpha=0.25)], importance=OURS),
 }
 
 

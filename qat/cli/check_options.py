@@ -111,6 +111,11 @@ def check_options(verb: str, config: Any) -> None:
         check_folder("--results_file", config.results_file)
     if verb == "calibrate":
         _check_uncalibrated(config)
+        if config.data.images is not None and config.data.held_out:
+            raise QatError(
+                f"data.held_out is {config.data.held_out}: it puts training images aside, and data.images calibrates "
+                "on other ones; leave it out"
+            )
     if verb == "predict":
         if config.output is None:
             raise QatError("qat predict writes a table: give --output predictions.csv")

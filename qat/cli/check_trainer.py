@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from typing import Annotated, Any, Literal
 
@@ -54,13 +54,13 @@ METRICS = ("val/top1", "val/top5", "val/loss", "val/images", "train/loss", "trai
            "step_lr")  # fmt: skip
 
 
-def check_trainer(trainer: Any, verb: str = "fit", regularizers: Any = None) -> None:
+def check_trainer(trainer: Any, verb: str = "fit", metrics: Sequence[str] = ()) -> None:
     """Check the options under ``trainer``.
 
     Args:
         trainer: the options as they are parsed; callbacks are not built yet.
         verb: fit, validate, calibrate or predict.
-        regularizers: option ``model.regularizers``, whose losses a callback may monitor.
+        metrics: what a callback may monitor beside `METRICS`: `further_metrics`.
 
     Raises:
         QatError: a value out of its range; a precision that keeps parameters in less, or more, than float32; a
@@ -77,7 +77,7 @@ def check_trainer(trainer: Any, verb: str = "fit", regularizers: Any = None) -> 
     _check_time(getattr(trainer, "val_check_interval", None))
     _check_length(trainer, verb)
     _check_strategy(trainer.strategy)
-    _check_callbacks(getattr(trainer, "callbacks", None) or [], METRICS + tuple(_losses(regularizers or [])))
+    _check_callbacks(getattr(trainer, "callbacks", None) or [], (*METRICS, *metrics))
 
 
 def check_run(trainer: Any, datamodule: Any, verb: str) -> None:
@@ -179,8 +179,17 @@ def _check_callbacks(callbacks: Any, metrics: tuple[str, ...]) -> None:
             )
 
 
-def _losses(regularizers: Any) -> Iterator[str]:
-    """Metrics of regularizers, as `Regularizer.name` makes them."""
-    for regularizer in regularizers:
+def further_metrics(model: Any, held_out: int) -> Iterator[str]:
+    """What is logged beside `METRICS`: losses of regularizers, as `Regularizer.name` makes them, and of features.
+
+    Args:
+        model: the options under ``model``.
+        held_out: option ``data.held_out``.
+    """
+    for regularizer in getattr(model, "regularizers", None) or []:
         path = regularizer.get("class_path", "") if isinstance(regularizer, Mapping) else regularizer.class_path
         yield "train/" + re.sub(r"(?<!^)(?=[A-Z])", "_", str(path).rpartition(".")[2]).lower()
+    if getattr(model, "features", None):
+        yield "train/features"
+    if held_out:
+        yield from ("held_out/kl", "held_out/agreement") if model.teacher else ("held_out/loss", "held_out/top1")

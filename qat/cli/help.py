@@ -40,7 +40,8 @@ EXAMPLES = {
 MODEL = ("model.arch", "model.checkpoint", "model.recipe", "model.w_bits", "model.a_bits", "model.rules")
 COMMON: dict[str, dict[str, tuple[str, ...]]] = {  # of each verb: title of a group -> its options
     "fit": {
-        "files and folders": ("config", "ckpt", "data.root", "data.softlabels", "name", "runs"),
+        "files and folders": ("config", "ckpt", "data.root", "data.softlabels", "data.held_out", "name",
+                              "runs"),
         "the model": (*MODEL, "model.fresh_head", "model.quant_checkpoint"),
         "training": ("data.global_batch_size", "data.batch_size", "data.crops_per_image", "data.crop_epochs",
                      "data.workers", "model.lr", "model.step_lr", "model.warmup_steps", "model.weight_decay",

@@ -19,7 +19,7 @@ from qat.callbacks import Calibrate, ConsoleLog, EndTogether, PlaceModule, Progr
 from qat.callbacks.time_limit import TimeLimit
 from qat.cli.agreement import changes, run_options
 from qat.cli.check_options import check_constructors, check_options, parse_options
-from qat.cli.check_trainer import check_run, check_trainer
+from qat.cli.check_trainer import check_run, check_trainer, further_metrics
 from qat.cli.configs import read_old_class_paths, with_bases
 from qat.cli.loggers import need_no_folder, write_to
 from qat.cli.options import add_options
@@ -105,7 +105,7 @@ class QatCLI(LightningCLI):
         config = self.config[self.verb]
         config.base = None  # its content is in the config by now
         check_options(self.verb, config)
-        check_trainer(config.trainer, self.verb, config.model.regularizers)
+        check_trainer(config.trainer, self.verb, tuple(further_metrics(config.model, config.data.held_out)))
         check_constructors(self.parser, self.config, config)
         if self.origin.ckpt is None and config.ckpt is not None:  # it stands in a config
             self.origin = origin_of(self.verb, config.ckpt, config.runs, run_name(config.name, self.configs))
@@ -139,8 +139,7 @@ class QatCLI(LightningCLI):
             kwargs["default_root_dir"] = run = self._run_folder()
             kwargs["plugins"] = [*as_list(config.plugins), AtomicCheckpoints()]
         if self.verb == "fit":
-            regularizes = bool(self.config[self.verb].model.regularizers)
-            callbacks += recorders(run, self.config[self.verb].save_every, regularizes, callbacks)
+            callbacks += recorders(run, self.config[self.verb], callbacks)
             self.save_config_kwargs = {"config_filename": config_name(run), "folder": run, "replaced": self.replaced}
             kwargs["max_epochs"] = len(self.datamodule.passes) if config.max_epochs is None else config.max_epochs
             kwargs["logger"] = all_loggers(run, config.logger)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,36 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from qat.callbacks import FinalValidation, GradientRatio, RecordSites, SaveLast
+from qat.cli.summary import Best
 from qat.errors import QatError
 from qat.runs.metrics import MetricsFile
 from qat.runs.process import first_process
+from qat.training.metrics import BY_LABEL, BY_TEACHER
 
 
-def recorders(run: Path, save_every: int, regularizes: bool, callbacks: Sequence[Callback]) -> list[Callback]:
-    """What a run saves: its table, the best checkpoint, selected on validation images, and the last one.
+def recorders(run: Path, config: Any, callbacks: Sequence[Callback]) -> list[Callback]:
+    """What a run saves: its table, the best checkpoint, and the last one.
+
+    The best one is chosen by held-out training images where there are some, else by validation images.
 
     Args:
         run: folder of the run.
-        save_every: optimizer steps between two writes of the last checkpoint.
-        regularizes: the loss has penalties, whose gradients are to be compared with that of the loss.
+        config: the options of the run.
         callbacks: those that the user has given.
     """
-    best = ModelCheckpoint(
-        run, "best_on_val_{epoch}", monitor="val/top1", mode="max", save_top_k=1, auto_insert_metric_name=False,
-        enable_version_counter=False, save_on_train_epoch_end=False,  # but when a validation ends, also the final one
+    best = partial(
+        ModelCheckpoint, run, save_top_k=1, auto_insert_metric_name=False, enable_version_counter=False,
+        save_on_train_epoch_end=False,  # but when a validation ends, also the final one
     )  # fmt: skip
     found: list[Callback] = [RecordSites(run)]
-    if regularizes and not any(isinstance(callback, GradientRatio) for callback in callbacks):
+    if config.model.regularizers and not any(isinstance(callback, GradientRatio) for callback in callbacks):
         found.append(GradientRatio())
-    return [*found, best, SaveLast(run, save_every), FinalValidation()]
+    if config.data.held_out:
+        metric = BY_TEACHER if config.model.teacher else BY_LABEL
+        found.append(best(filename="best_on_held_out_{epoch}", monitor=metric, mode="min"))
+    else:
+        found.append(best(filename="best_on_val_{epoch}", monitor="val/top1", mode="max"))
+    return [*found, SaveLast(run, config.save_every), FinalValidation()]
 
 
 def all_loggers(run: Path, given: Any) -> list[Logger]:
@@ -60,12 +69,13 @@ def as_list(given: Any) -> list[Any]:
     return found
 
 
-def best_of(trainer: L.Trainer) -> tuple[Path, float] | None:
-    """The best checkpoint on the validation images, and its top-1."""
+def best_of(trainer: L.Trainer) -> Best | None:
+    """The best checkpoint, where there is one."""
     best = trainer.checkpoint_callback
     if not isinstance(best, ModelCheckpoint) or best.best_model_score is None:
         return None
-    return Path(trainer.default_root_dir) / Path(best.best_model_path).name, float(best.best_model_score)
+    file = Path(trainer.default_root_dir) / Path(best.best_model_path).name
+    return Best(file, str(best.monitor), float(best.best_model_score))
 
 
 def check_processes(trainer: L.Trainer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -37,8 +37,20 @@ def command(verb: str, *before: str, **options: object) -> str:
     return f"next: qat {verb} {' '.join(words)}"
 
 
+class Best(NamedTuple):
+    """The best checkpoint of a run: its file, the metric that it was chosen by, and the value."""
+
+    file: Path
+    metric: str
+    value: float
+
+    def __str__(self) -> str:
+        where = "the validation images, top-1 {:.2f} %" if self.metric == "val/top1" else f"{self.metric} {{:.4f}}"
+        return f"best on {where.format(self.value)}: {self.file}"
+
+
 def after_training(
-    step: int, metrics: Mapping[str, Any], last: Path, best: tuple[Path, float] | None, root: Path | None
+    step: int, metrics: Mapping[str, Any], last: Path, best: Best | None, root: Path | None
 ) -> Iterator[str]:
     """What a finished training says.
 
@@ -46,7 +58,7 @@ def after_training(
         step: optimizer steps of the whole run.
         metrics: of the last validation, val/top1 among them where there was one.
         last: the last checkpoint.
-        best: the best checkpoint on the validation images and its top-1, where there is one.
+        best: the best checkpoint, where there is one.
         root: folder of the images.
     """
     found = ""
@@ -55,7 +67,7 @@ def after_training(
     yield f"trained to step {step}{found}"
     yield f"checkpoint: {last}"
     if best is not None:
-        yield f"best on the validation images, top-1 {best[1]:.2f} %: {best[0]}"
+        yield str(best)
     yield command("validate", ckpt=last, data_root=root)
 
 

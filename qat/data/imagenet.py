@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,6 +20,7 @@ from qat.data.calibration import calibration_loader
 from qat.data.check import cores
 from qat.data.classes import Classes, Tree
 from qat.data.crops import CropDistribution
+from qat.data.held_out import put_aside
 from qat.data.images import Batch, CropView, EvalView, Images, View, load
 from qat.data.listing import LIST, with_list
 from qat.data.options import DataOptions
@@ -125,11 +127,16 @@ class ImageNetDataModule(L.LightningDataModule):
         log.info("soft labels of %s", store)
         return store
 
+    @property
+    def _used(self) -> npt.NDArray[np.int64]:
+        """Indices of the training images that are not held out."""
+        return put_aside(len(self.tree.source("train")), self.options.held_out)[0]
+
     def _trained(self) -> npt.NDArray[np.int64]:
         """Indices of the images that are trained on: all, or those of an unfinished store that have labels."""
         if self.store is not None:
-            return np.flatnonzero(self.store.done)
-        return np.arange(len(self.tree.source("train")))
+            return np.intersect1d(self._used, np.flatnonzero(self.store.done))
+        return self._used
 
     def setup(self, stage: str) -> None:
         """Check the folders that the stage reads, the preprocessing and the batch size; QatError if one is unusable."""
@@ -194,9 +201,17 @@ class ImageNetDataModule(L.LightningDataModule):
         self.unreadable.summarize()
         self._resumed = START
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Every validation image once, in order, spread over the ranks, in the evaluation transform."""
-        return self._evaluation(self._split("val", EvalView(self._preprocessing())))
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Every validation image once, in order, spread over the ranks, in the evaluation transform.
+
+        In training with ``held_out``, a second loader has the training images that are put aside.
+        """
+        view = EvalView(self._preprocessing())
+        loader = self._evaluation(self._split("val", view))
+        if not self.options.held_out or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return loader
+        _, aside = put_aside(len(self.tree.source("train")), self.options.held_out)
+        return [loader, self._evaluation(self._split("train", view, chosen=aside))]
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Every image to predict once, in order, spread over the ranks; all labels are -1."""
@@ -205,13 +220,14 @@ class ImageNetDataModule(L.LightningDataModule):
     @property
     def calibration_place(self) -> list[str]:
         """Where the images of a calibration come from, and what becomes of broken ones."""
-        return [str(part) for part in (self.options.root, self._calibration_folder, self.options.on_bad_image)]
+        place = (self.options.root, self._calibration_folder, self.options.on_bad_image, self.options.held_out)
+        return [str(part) for part in place]
 
     def calibration_batches(self, images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Batches uint8 (b, 3, S, S) of the evaluation transform, of images that `calibration_loader` chooses."""
         tries, folder = TRIES[self.options.on_bad_image], self._calibration_folder
         if folder is None:
-            source = self._split("train", EvalView(self._preprocessing()), tries)
+            source = self._split("train", EvalView(self._preprocessing()), tries, self._used)
         else:
             source = self._unlabelled(loose_source(folder), tries)
         batches = calibration_loader(source, images, batch_size, seed, self.workers)

@@ -36,6 +36,8 @@ class DataOptions:
         val_batch_size: images per process and step in validation and prediction; batch_size when not given.
         crops_per_image: random crops made of each image every time it is decoded.
         crop_epochs: length of training, as the total number of crops made of every image.
+        held_out: training images that are put aside, neither trained nor calibrated on. Training is validated on them
+            too, by the KL to the teacher, or the loss on labels without one, and the best checkpoint is chosen by it.
         softlabels: store of soft labels, made by qat make-softlabels, whose crops are replayed and whose labels
             replace those of the folders; null draws new crops.
         softlabels_partial: train on the finished images of an unfinished store.
@@ -64,6 +66,7 @@ class DataOptions:
     val_batch_size: BatchSize | None = None
     crops_per_image: Annotated[int, Range(1, 65535)] = 1
     crop_epochs: Annotated[int, Range(1, 100_000)] = 300
+    held_out: Annotated[int, Range(0, 1_000_000_000)] = 0
     softlabels: Path | None = None
     softlabels_partial: bool = False
     crop_scale: tuple[Area, Area] | None = None

@@ -10,14 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from qat.checkpoint import KEY, check_restored, has_older_groups
 from qat.data.images import Batch, TopK
@@ -31,6 +28,7 @@ from qat.training.features import FeatureLoss
 from qat.training.finite import FiniteCheck
 from qat.training.length import total_steps
 from qat.training.losses import cross_entropy, entropy
+from qat.training.metrics import HeldOutMetrics, ValidationMetrics
 from qat.training.options import ModelOptions
 from qat.training.records import Prediction, StepRecord
 from qat.training.regularizers import named
@@ -63,9 +61,7 @@ class QATModule(L.LightningModule):
             self.teacher = (build_teacher(options.teacher, weights, outputs, names, trust=options.trust),)
         teacher = self.teacher[0].model if self.teacher else None
         self.features = FeatureLoss(options.features, self.model, teacher)
-        self.top1 = MulticlassAccuracy(outputs, average="micro")
-        self.top5 = MulticlassAccuracy(outputs, average="micro", top_k=min(5, outputs))
-        self.val_loss = MeanMetric(nan_strategy=torch.nan)  # keep it: without it, nothing would seem to be validated
+        self.validation, self.held_out = ValidationMetrics(outputs), HeldOutMetrics(bool(self.teacher))
         self.finite = FiniteCheck()
         self.project: Projection | None = None
         self.record: StepRecord | None = None  # of the last batch, until it is logged
@@ -190,25 +186,27 @@ class QATModule(L.LightningModule):
 
     on_predict_start = on_validation_start
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count hits and sum the loss, so that the metrics are exact over all images, however they are batched."""
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the metrics of validation images, or of held-out ones, which the second loader has."""
         if not len(batch.images):
             return
         logits = self(batch.images).float()
-        self.top1.update(logits, batch.labels)
-        self.top5.update(logits, batch.labels)
-        self.val_loss.update(F.cross_entropy(logits, batch.labels), weight=len(batch.images))
+        if dataloader_idx:
+            teacher = self.teacher[0](batch.images).float() if self.teacher else None
+            self.held_out.update(logits, batch.labels, teacher)
+        else:
+            self.validation.update(logits, batch.labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log top-1 and top-5 in percent, and the mean cross-entropy on labels; QatError where no image was read."""
-        if not torch.as_tensor(self.all_gather(self.val_loss.weight)).sum():
+        """Log what was measured; QatError where no validation image was read."""
+        images = self.validation.images
+        if not torch.as_tensor(self.all_gather(images)).sum():
             raise QatError("not a single validation image could be read, so nothing can be measured")
-        self.log("val/top1", 100 * self.top1.compute(), prog_bar=True)
-        self.log("val/top5", 100 * self.top5.compute())
-        self.log("val/loss", self.val_loss.compute(), prog_bar=True)
-        self.log("val/images", self.val_loss.weight, sync_dist=True, reduce_fx="sum")
-        for metric in (self.top1, self.top5, self.val_loss):
-            metric.reset()
+        self.log("val/images", images, sync_dist=True, reduce_fx="sum")
+        for name, value in self.validation.take().items():
+            self.log(name, value, prog_bar=name != "val/top5")
+        if len(self.trainer.num_val_batches) > 1:
+            self.log_dict(self.held_out.take())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
         """The five most probable classes of each image."""

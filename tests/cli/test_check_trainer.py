@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qat.cli.check_trainer import check_lengths, check_trainer
+from qat.cli.check_trainer import check_lengths, check_trainer, further_metrics
 from qat.cli.lightning_cli import QatCLI
 from qat.cli.trainer import Trainer
 from qat.errors import QatError
@@ -103,10 +103,16 @@ def test_a_monitor_may_be_a_regularizer_or_come_from_a_callback_of_the_user() ->
     own = SimpleNamespace(class_path="my.Callback", init_args={})
     with pytest.raises(QatError, match="monitors 'train/dampening', which is not logged"):
         check_trainer(SimpleNamespace(**plain, callbacks=[stop]))
-    check_trainer(
-        SimpleNamespace(**plain, callbacks=[stop]), "fit", [{"class_path": "qat.training.regularizers.Dampening"}]
-    )
+    model = SimpleNamespace(regularizers=[{"class_path": "qat.training.regularizers.Dampening"}], teacher=None)
+    check_trainer(SimpleNamespace(**plain, callbacks=[stop]), "fit", tuple(further_metrics(model, 0)))
     check_trainer(SimpleNamespace(**plain, callbacks=[stop, own]))
+
+
+def test_a_monitor_may_be_of_features_or_of_images_that_are_held_out() -> None:
+    alone, taught = SimpleNamespace(teacher=None), SimpleNamespace(teacher="deit", features={"modules": ["a"]})
+    assert list(further_metrics(alone, 0)) == []
+    assert list(further_metrics(alone, 8)) == ["held_out/loss", "held_out/top1"]
+    assert list(further_metrics(taught, 8)) == ["train/features", "held_out/kl", "held_out/agreement"]
 
 
 def test_a_schedule_needs_the_length_of_its_run() -> None:

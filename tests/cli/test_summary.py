@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qat.cli.summary import after_calibration, after_training, after_validation, command, show
+from qat.cli.summary import Best, after_calibration, after_training, after_validation, command, show
 
 METRICS = {"val/top1": 71.25, "val/top5": 90.0, "val/loss": 1.0}
 RESULTS = {
@@ -14,7 +14,9 @@ RESULTS = {
 
 
 def test_training_ends_with_its_accuracy_its_checkpoints_and_the_next_command() -> None:
-    lines = list(after_training(90, METRICS, Path("r/last.ckpt"), (Path("r/best.ckpt"), 72.0), Path("my images")))
+    best = Best(Path("r/best.ckpt"), "val/top1", 72.0)
+    lines = list(after_training(90, METRICS, Path("r/last.ckpt"), best, Path("my images")))
+    assert str(Best(Path("b.ckpt"), "held_out/kl", 0.25)) == "best on held_out/kl 0.2500: b.ckpt"
     assert lines == [
         "trained to step 90; top-1 71.25 %, top-5 90.00 %",
         "checkpoint: r/last.ckpt",

@@ -1,0 +1,70 @@
+"""A run that is judged by training images which it does not train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.cli.main import main, run
+from tests.cli.runs import assert_same, entries, run_until
+from tests.cli.test_commands import fails
+
+
+def words(config: Path, ckpt: Path | None, runs: Path, *more: str) -> list[str]:
+    taught = ["--model.teacher", "deit_tiny_patch16_224", "--model.teacher_checkpoint", str(ckpt)] if ckpt else []
+    return ["fit", "--config", str(config), "--runs", str(runs), "--data.held_out", "6", *taught, *more]
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def test_the_best_checkpoint_is_that_with_the_least_distance_to_the_teacher(
+    config: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(run(words(config, ckpt, tmp_path, "--model.lr", "0.05")).trainer.default_root_dir)
+    found = [float(row["held_out/kl"]) for row in entries(folder) if "held_out/kl" in row]
+    assert len(found) == 2  # one validation after each pass
+    best = torch.load(only(folder, "best_on_*"), weights_only=True)
+    assert best["epoch"] == found.index(min(found))
+    assert f"best on held_out/kl {min(found):.4f}: {folder}/best_on_held_out_" in capsys.readouterr().out
+
+
+def test_without_a_teacher_by_the_loss_on_labels(config: Path, tmp_path: Path) -> None:
+    cli = run(words(config, None, tmp_path))
+    assert cli.trainer.global_step == 5 + 3  # 18 images: 4 and a half batches of 4, then 2 and a half of 8
+    rows = [row for row in entries(Path(cli.trainer.default_root_dir)) if "val/top1" in row]
+    assert all({"held_out/loss", "held_out/top1", "val/images"} <= row.keys() for row in rows)
+    assert {row["val/images"] for row in rows} == {"12.0"}
+
+
+def test_a_killed_run_goes_on_to_the_bit(
+    config: Path, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path(run(words(config, ckpt, tmp_path / "whole")).trainer.default_root_dir)
+    args = words(config, ckpt, tmp_path / "part", "--save_every", "2")
+    run_until(6, args, monkeypatch)
+    part = Path(run([*args, "--ckpt", "last"]).trainer.default_root_dir)
+    ours, theirs = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (part, whole))
+    assert_same(ours["state_dict"], theirs["state_dict"])
+    assert entries(part) == entries(whole)
+    assert only(part, "best*").name == only(whole, "best*").name
+
+
+def test_a_calibration_spares_them(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["calibrate", "--config", str(config), "--runs", str(tmp_path), "--validate", "false"]
+    line = fails(capsys, *args, "--data.held_out", "20")
+    assert "calibration.images is 8" in line
+    assert "has 4, choose 1..4" in line
+    assert main([*args, "--data.held_out", "16"]) == 0
+
+
+def test_what_puts_none_aside(config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = ["--config", str(config), "--runs", str(tmp_path)]
+    line = fails(capsys, "calibrate", *runs, "--data.images", str(images), "--data.held_out", "4")
+    assert "data.held_out is 4: it puts training images aside" in line
+    line = fails(capsys, "fit", *runs, "--data.held_out", "24")
+    assert "data.held_out is 24, and there are 24 training images" in line
