@@ -23,8 +23,8 @@ from qat import build_float, build_recipe, quantize
 from qat.ptq import Reconstruct, Steps, TensorSearch
 from qat.ptq.glf_q import SuffixFeature
 from qat.ptq.reconstruction import reconstruct
-from qat.ptq.reconstruction.learned_weights import StraightThrough
 from qat.ptq.reconstruction.low_rank import LowRank
+from qat.ptq.reconstruction.straight_through import StraightThrough
 from qat.ptq.reconstruction.training import Training
 from qat.runs.process import keep_freed_memory
 

@@ -19,8 +19,8 @@ from qat.labeling import import_fkd, plan
 from qat.preprocessing import Preprocessing
 from qat.ptq import GLFQ, AIQViT, InitSteps, Observe, OutputSearch, QDrop, Reconstruct, RepQViT
 from qat.ptq.options import CalibrationOptions
+from qat.ptq.reconstruction.adaround import AdaRound
 from qat.ptq.reconstruction.curriculum import Curriculum
-from qat.ptq.reconstruction.learned_weights import AdaRound
 from qat.ptq.reconstruction.low_rank import LowRank, RankSearch
 from qat.ranges import Range
 from qat.training.features import FeatureOptions

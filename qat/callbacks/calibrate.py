@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -144,12 +144,13 @@ def digest(model: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
-def with_chosen(card: Card, chosen: dict[str, dict[str, Any]]) -> Card:
+def with_chosen(card: Card, chosen: Mapping[str, dict[str, Any] | None]) -> Card:
     """The card of a model in which a method has replaced quantizers: a rule for each such site, after all others.
 
     Args:
         card: of the model as its recipe describes it.
-        chosen: the spec of every quantizer that was replaced, as plain data, by the name of its site.
+        chosen: the spec of every quantizer that was replaced, as plain data, by the name of its site; None where it
+            was taken away.
 
     Raises:
         QatError: a spec that a reader of the checkpoint would refuse.

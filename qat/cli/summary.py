@@ -124,10 +124,13 @@ def _worst_sites(calibration: Mapping[str, Any], count: int) -> Iterator[str]:
         yield "most error (signal to noise): " + ", ".join(f"{site} {errors[site]:.1f} dB" for site in worst)
 
 
-def _by_spec(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+def _by_spec(chosen: Mapping[str, Mapping[str, Any] | None]) -> dict[str, list[str]]:
     """The sites that have got the same quantizer, by what it is called."""
     found: dict[str, list[str]] = {}
     for site, spec in chosen.items():
-        options = ", ".join(f"{name}={value}" for name, value in spec["init_args"].items())
-        found.setdefault(f"{spec['class_path']}({options})", []).append(site)
+        name = "floating point"
+        if spec is not None:
+            options = ", ".join(f"{option}={value}" for option, value in spec["init_args"].items())
+            name = f"{spec['class_path']}({options})"
+        found.setdefault(name, []).append(site)
     return found

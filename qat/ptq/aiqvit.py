@@ -14,7 +14,7 @@ from typing import Annotated
 from qat.ptq.frontier import IMPORTANCE, start
 from qat.ptq.reconstruction.curriculum import Curriculum
 from qat.ptq.reconstruction.losses import MSE
-from qat.ptq.reconstruction.low_rank import LowRank, Rank, RankSearch
+from qat.ptq.reconstruction.low_rank import LowRank, Mode, Rank, RankSearch
 from qat.ptq.reconstruction.reconstruct import Reconstruct, ReconstructionOptions
 from qat.ptq.step import Step
 from qat.ptq.steps import Preset, options_of
@@ -29,6 +29,7 @@ class AIQViT(ReconstructionOptions, Preset):
         rank: of the compensation of every layer; null searches one for each.
         search: how it is searched.
         lr: learning rate of the compensation.
+        mode: of the compensation: ``merged`` into the weight and rounded, or at its ``side``, see `LowRank`.
         curriculum: the order of the images; null for none.
     """
 
@@ -38,6 +39,7 @@ class AIQViT(ReconstructionOptions, Preset):
     rank: Rank | None = None
     search: RankSearch = field(default_factory=RankSearch)
     lr: Annotated[float, Range(above=0, high=1)] = 4e-5
+    mode: Mode = "merged"
     curriculum: Curriculum | None = field(default_factory=Curriculum)
 
     importance = IMPORTANCE
@@ -45,7 +47,7 @@ class AIQViT(ReconstructionOptions, Preset):
     def steps(self) -> Sequence[Step]:
         """The start, then the reconstruction."""
         reconstruct = Reconstruct(
-            weights=LowRank(self.rank, self.lr, self.search), head_loss=MSE(),
+            weights=LowRank(self.rank, self.lr, self.search, self.mode), head_loss=MSE(),
             curriculum=self.curriculum, **options_of(self, ReconstructionOptions),
         )  # fmt: skip
         return [*start(), reconstruct]

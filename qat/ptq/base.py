@@ -29,7 +29,8 @@ class PTQMethod(ABC):
         single_device: it runs on one device; False where every rank comes to the same values.
         changes_weights: it changes other parameters or buffers than those of quantizers too.
         needs_gradients: `calibrate` runs with gradients enabled.
-        chosen: after a call, the specs, as plain data, that it has put in place of those of the recipe, by site.
+        chosen: after a call, the specs, as plain data, that it has put in place of those of the recipe, by site; None
+            for a site that it has left in floating point.
         report: after a call, what else there is to tell, as plain data.
         store: a `UnitStore`, from which a calibration that was killed goes on; None where nobody asks.
         cache: a `Cache`, which says where inputs and outputs of units are kept; None for memory.
@@ -39,7 +40,7 @@ class PTQMethod(ABC):
     single_device = True
     changes_weights = False
     needs_gradients = False
-    chosen = cast(dict[str, dict[str, Any]], MappingProxyType({}))
+    chosen = cast(dict[str, dict[str, Any] | None], MappingProxyType({}))
     report = cast(dict[str, Any], MappingProxyType({}))
     store = cast(Any, None)
     cache = cast(Any, None)

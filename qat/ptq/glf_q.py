@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qat.ptq.frontier import IMPORTANCE, start
-from qat.ptq.reconstruction.learned_weights import StraightThrough
 from qat.ptq.reconstruction.losses import PerFirst, ReconstructionLoss, UnitLoss
 from qat.ptq.reconstruction.reconstruct import Reconstruct, ReconstructionOptions
+from qat.ptq.reconstruction.straight_through import StraightThrough
 from qat.ptq.reconstruction.unit_data import UnitData
 from qat.ptq.step import Step
 from qat.ptq.steps import Preset, options_of

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from qat.ptq.frontier import IMPORTANCE, start
-from qat.ptq.reconstruction.learned_weights import LearnedWeight, StraightThrough, TrainedWeight
+from qat.ptq.reconstruction.learned_weights import LearnedWeight
 from qat.ptq.reconstruction.losses import MSE
 from qat.ptq.reconstruction.reconstruct import Reconstruct, ReconstructionOptions
+from qat.ptq.reconstruction.straight_through import StraightThrough, TrainedWeight
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Preset, options_of
 from qat.ptq.tensor_search import fit

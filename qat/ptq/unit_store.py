@@ -82,7 +82,9 @@ class UnitStore:
         copy(content["rewritten"], here)
         here.remember()
         for site, spec in content["chosen"].items():
-            if site in here.work.wanted and here.work.method.chosen.get(site) != spec:
+            if site in here.work.wanted and spec is None:
+                here.leave_float(site)
+            elif site in here.work.wanted and here.work.method.chosen.get(site) != spec:
                 here.replace(site, spec_from_dict(spec).build(here.work.wanted[site].layout))
         here.work.method.report.update(content["report"])
         copy(content["tensors"], here)

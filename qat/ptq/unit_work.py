@@ -21,7 +21,7 @@ from qat.ptq.work import SAMPLES, Prefix, Work, with_ends
 from qat.quantizers import Quantizer
 from qat.sites.family import Unit, family_of
 from qat.sites.hooks import watching
-from qat.sites.insert import WeightSite, quantizers, switched_off, weights
+from qat.sites.insert import FloatSite, WeightSite, quantizers, switched_off, weights
 
 Visits = dict[str, list[Tensor]]  # by name of a site, the tensors of all its visits in one forward
 
@@ -170,6 +170,14 @@ class UnitWork:
         setattr(self.model.get_submodule(parent), child, quantizer)
         self.work.wanted[name] = quantizer
         self.work.method.chosen[name] = quantizer.spec.to_dict()
+        self.off = [site for _, site in quantizers(self.model)]
+
+    def leave_float(self, name: str) -> None:
+        """Take the quantizer of a wanted site away; that becomes a rule of the recipe."""
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, FloatSite())
+        del self.work.wanted[name]
+        self.work.method.chosen[name] = None
         self.off = [site for _, site in quantizers(self.model)]
 
     def forget(self, product: MatrixProduct) -> None:

@@ -44,6 +44,7 @@ def test_a_chosen_quantizer_is_one_more_rule_of_the_card_or_is_refused() -> None
     card, site = tiny_module().card, "blocks.1.mlp.fc2.input_quant"
     spec = {"class_path": "LSQ", "init_args": {"bits": 6}}
     assert with_chosen(card, {}) is card
+    assert with_chosen(card, {site: None}).rules == [*card.rules, {"match": site, "spec": None}]
     assert with_chosen(card, {site: spec}).rules == [*card.rules, {"match": site, "spec": spec}]
     with pytest.raises(QatError, match="NoSuch"):
         with_chosen(card, {site: {"class_path": "NoSuch", "init_args": {"bits": 6}}})

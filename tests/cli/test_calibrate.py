@@ -293,6 +293,17 @@ def test_what_a_method_has_chosen_goes_with_the_checkpoint(choosing, recipe, ima
         assert torch.equal(again.model(fixed_images), cli.model(fixed_images))
 
 
+def test_layers_that_a_method_leaves_in_floating_point_are_told(recipe, images, tmp_path, capsys, fixed_images):
+    options = ("--calibration.method", "AIQViT", "--calibration.method.iterations", "2", "--calibration.method.batch",
+               "4", "--calibration.method.rank", "2", "--calibration.method.mode", "side", "--model.recipe", "aiqvit",
+               "--model.w_bits", "3", "--model.a_bits", "3")  # fmt: skip
+    cli = run([*command(recipe, tmp_path / "runs", "--data.root", images), *options])
+    assert "chosen: floating point at patch_embed.proj.weight_quant, blocks.0" in capsys.readouterr().out
+    model = load(folder_of(tmp_path / "runs") / "ptq.ckpt")
+    with torch.no_grad():
+        assert torch.equal(model(fixed_images.float()), cli.model(fixed_images.float()))
+
+
 @pytest.mark.parametrize("calibrates", [True, False])
 def test_training_goes_on_from_what_was_chosen(calibrates, choosing, recipe, images, tmp_path, capsys):
     words = ["--config", str(recipe), "--data.root", str(images), "--data.batch_size", "8", "--runs", str(tmp_path)]

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.ptq.reconstruction.learned_weights import AdaRound, Nearest, RoundedWeight, StraightThrough, WeightRule
-from qat.ptq.reconstruction.low_rank import CompensatedWeight, LowRank, mixture
+from qat.ptq.reconstruction.adaround import AdaRound, RoundedWeight
+from qat.ptq.reconstruction.learned_weights import Nearest, WeightRule
+from qat.ptq.reconstruction.low_rank import CompensatedWeight, LowRank, Mode, mixture
+from qat.ptq.reconstruction.straight_through import StraightThrough
 from qat.quantizers import LSQ, AdaLog, Layout, Quantizer, Uniform
 from qat.sites.insert import WeightSite
 
@@ -82,8 +84,8 @@ class TestAdaRound:
 
 
 class TestLowRank:
-    def compensated(self) -> CompensatedWeight:
-        found = LowRank(rank=1).start(site(W, uniform([0.1, 0.1, 0.15], [2, 4, 3])), generator())
+    def compensated(self, mode: Mode = "merged") -> CompensatedWeight:
+        found = LowRank(rank=1, mode=mode).start(site(W, uniform([0.1, 0.1, 0.15], [2, 4, 3])), generator())
         assert isinstance(found, CompensatedWeight)
         with torch.no_grad():
             found.A.copy_(A)
@@ -102,6 +104,32 @@ class TestLowRank:
         values = self.compensated()(W)
         torch.testing.assert_close(values, expected)
         torch.testing.assert_close(values @ X, torch.tensor([1.5, -1.25, 0.225]))
+
+    def test_values_beside_the_rounded_weight_of_the_worked_example(self):
+        expected = torch.tensor([[0.54, -0.18, 0.02, 0.46], [-0.445, 0.2775, 0.09, -0.1675], [0.21, 0.33, -0.57, 0.69]])
+        for mode in ("side", "requantized"):
+            values = self.compensated(mode)(W)
+            torch.testing.assert_close(values, expected)
+            torch.testing.assert_close(values @ X, torch.tensor([1.6, -1.20625, 0.3]))
+
+    def test_what_becomes_of_a_sum_that_was_trained_beside_the_weight(self):
+        merged, side, requantized = (self.compensated(mode).eval() for mode in ("merged", "side", "requantized"))
+        assert torch.equal(side.folded(W), side(W))
+        assert torch.equal(requantized(W), merged(W))
+        assert torch.equal(requantized.folded(W), merged.folded(W))
+        assert [weight.stays_float for weight in (merged, side, requantized)] == [False, True, False]
+        assert side.bits_per_weight == 3 + 16 * (3 + 4) / (3 * 4)
+
+    @pytest.mark.parametrize(("rank", "expected"), [(20, 5.22), (100, 14.11)])
+    def test_what_a_block_of_deit_tiny_keeps_for_each_weight(self, rank, expected):
+        """qkv, proj, fc1 and fc2 at 3 bits: table 5.4 of the specification."""
+        total = bits = 0.0
+        for rows, columns in ((576, 192), (192, 192), (768, 192), (192, 768)):
+            weight = site(torch.zeros(rows, columns), uniform([1.0] * rows, [0.0] * rows))
+            learned = LowRank(rank=rank, mode="side").start(weight, generator())
+            total += rows * columns
+            bits += rows * columns * learned.bits_per_weight
+        assert bits / total == pytest.approx(expected, abs=0.006)
 
     def test_gradients_of_the_worked_example(self):
         weight = self.compensated()
@@ -122,7 +150,7 @@ class TestLowRank:
         assert "rank 100, and the weight has rank 6 at most" in caplog.text
 
 
-RULES = [AdaRound(), StraightThrough(), LowRank(rank=3)]
+RULES = [AdaRound(), StraightThrough(), LowRank(rank=3), LowRank(rank=3, mode="requantized")]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)

@@ -10,9 +10,11 @@ from qat.errors import QatError
 from qat.ptq import FoldNorms, Reconstruct, Steps, TensorSearch
 from qat.ptq.aphq_vit import PerturbationHessian
 from qat.ptq.fima_q import FisherLowRank
+from qat.ptq.reconstruction.adaround import AdaRound
 from qat.ptq.reconstruction.curriculum import Curriculum
-from qat.ptq.reconstruction.learned_weights import AdaRound, Nearest, StraightThrough, WeightRule
+from qat.ptq.reconstruction.learned_weights import Nearest, WeightRule
 from qat.ptq.reconstruction.low_rank import LowRank, RankSearch
+from qat.ptq.reconstruction.straight_through import StraightThrough
 from qat.ptq.reconstruction.training import Training
 from qat.quantizers import DFQ, LSQ, Uniform
 from qat.recipe import Rule, build_recipe
@@ -203,6 +205,19 @@ def test_models_without_quantized_attention_and_heads(name):
         Steps([TensorSearch(), step])(model, batches())
         assert all(quantizer.calibrated for _, quantizer in quantizers(model))
         assert bool(logits(model).isfinite().all())
+
+
+def test_what_is_trained_at_the_side_of_a_weight_leaves_its_layers_in_floating_point():
+    model, merged = tiny(), tiny()
+    step = short(LowRank(rank=2, lr=1e-2, mode="side"), iterations=20)
+    method = Steps([TensorSearch(), step])
+    method(model, batches())
+    Steps([TensorSearch(), short(LowRank(rank=2, lr=1e-2), iterations=20)])(merged, batches())
+    layers = {site.name for site in weights(merged) if site.name.endswith("weight_quant")}
+    assert set(method.chosen) == set(method.report["bits_per_weight"]) == layers
+    assert set(method.chosen.values()) == {None}
+    assert not [site.name for site in weights(model) if site.name.endswith("weight_quant")]
+    assert not torch.equal(logits(model), logits(merged))
 
 
 def test_a_search_of_ranks_leaves_steps_where_they_were(monkeypatch):

@@ -144,7 +144,7 @@ def test_the_feature_is_what_the_head_reads(name):
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 def test_reconstruction_by_every_loss_brings_logits_nearer(loss: ReconstructionLoss):
     """Straight-through weights on the images that are compared: only the loss can fail here."""
-    from qat.ptq.reconstruction.learned_weights import StraightThrough
+    from qat.ptq.reconstruction.straight_through import StraightThrough
 
     plain, trained = tiny(), tiny()
     start = Steps([Reconstruct(weights=StraightThrough(lr=1e-3), iterations=1, batch=4, held=0)])

@@ -22,7 +22,7 @@ from qat.ptq import (
     TensorSearch,
 )
 from qat.ptq.reconstruction.curriculum import Curriculum
-from qat.ptq.reconstruction.low_rank import RankSearch
+from qat.ptq.reconstruction.low_rank import LowRank, RankSearch
 from qat.ptq.reconstruction.training import Training
 from qat.ptq.unit_store import UnitStore, remove_units
 from qat.recipe import build_recipe
@@ -38,6 +38,7 @@ METHODS = {
     "FIMAQ": ("frontier", FIMAQ(**SHORT)),
     "ISViT": ("is_vit", ISViT(**SHORT, lr=1e-3)),
     "twice": ("frontier", Steps([TensorSearch(), Reconstruct(**SHORT), Reconstruct(**SHORT)])),
+    "side": ("aiqvit", AIQViT(**SHORT, rank=2, mode="side", lr=1e-2)),
     "AIQViT": ("aiqvit", AIQViT(**SHORT, search=RankSearch([2, 4], iterations=2), curriculum=Curriculum(refresh=4))),
 }
 
@@ -108,6 +109,29 @@ def test_a_unit_that_is_under_way_starts_where_it_was_saved(tmp_path, monkeypatc
     run(method, recipe, tmp_path)
     assert turns[:5] == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6])
     assert turns[6] == pytest.approx(4 / 6), "the state after four iterations was the last one"
+
+
+def test_a_search_of_ranks_that_has_ended_is_not_repeated(tmp_path, monkeypatch):
+    recipe, method = METHODS["AIQViT"]
+    searched: list[int] = []
+    prepare, save = LowRank.prepare, UnitStore.save_state
+
+    def prepare_once(self, sites, *args) -> None:
+        searched.append(len(sites))
+        prepare(self, sites, *args)
+
+    def save_and_stop(self, *args) -> None:
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LowRank, "prepare", prepare_once)
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitStore, "save_state", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(method, recipe, tmp_path)
+    assert len(searched) == 1
+    run(method, recipe, tmp_path)
+    assert len(searched) == len(family_of(model_of(recipe)).units(model_of(recipe)))
 
 
 def test_another_calibration_is_refused(tmp_path):

@@ -7,7 +7,7 @@ Shapes: B images of a batch, n all images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from qat.ptq.reconstruction.adam import Group
+from qat.ptq.reconstruction.adaround import AdaRound
 from qat.ptq.reconstruction.curriculum import Curriculum
 from qat.ptq.reconstruction.learned_steps import LearnedSteps
-from qat.ptq.reconstruction.learned_weights import AdaRound, LearnedWeight, WeightRule
+from qat.ptq.reconstruction.learned_weights import LearnedWeight, WeightRule
 from qat.ptq.reconstruction.losses import MSE, Logits, ReconstructionLoss
 from qat.ptq.reconstruction.stand_in import Dropped, mixed, standing_in
 from qat.ptq.reconstruction.training import Learned, Schedule, Training
@@ -27,6 +28,7 @@ from qat.ptq.reconstruction.unit_data import UnitData
 from qat.ptq.step import Stage, Step
 from qat.ptq.unit_work import UnitWork
 from qat.ptq.work import Work
+from qat.quantizers import Quantizer
 from qat.ranges import Range, Seed, check_fields
 from qat.sites.insert import WeightSite, weights
 
@@ -131,27 +133,41 @@ class Reconstruct(ReconstructionOptions, Step):
                 learned = Learned(weights, moving, groups, dropped, self._drops)
                 yield Training(data, partial(self._inputs, data), loss, learned, self.batch, self.held)
 
-        start = [(p, p.detach().clone()) for q in activations.values() for p in q.parameters()]
-        rule.prepare(sites, train, self._generator)
-        with torch.no_grad():
-            for parameter, value in start:  # what is prepared moves them
-                parameter.copy_(value)
+        key, store = f"{here.trainings} {self!r}", here.work.method.store
+        if store is not None and (state := store.state(key)) is not None:
+            rule.restore(state["prepared"])
+        else:
+            with parameters_kept(activations.values()):  # what is prepared moves them
+                rule.prepare(sites, train, self._generator)
         started = {site.name: rule.start(site, self._generator) for site in sites}
         learned = {name: weight for name, weight in started.items() if weight is not None}
         with train(learned) as training:
             if training.learned():
                 schedule = Schedule(self.iterations, self.checks, self.curriculum, self.save_every)
-                training.run(rule, schedule, self._generator, key=f"{here.trainings} {self!r}")
+                training.run(rule, schedule, self._generator, key)
         with torch.no_grad():
             for site in sites:
-                if site.name in learned:
-                    site.weight.copy_(learned[site.name].folded(site.weight))
+                if (weight := learned.get(site.name)) is not None:
+                    site.weight.copy_(weight.folded(site.weight))
+                    if weight.stays_float:
+                        here.leave_float(site.name)
+                        here.work.report.setdefault("bits_per_weight", {})[site.name] = weight.bits_per_weight
 
     def _inputs(self, data: UnitData, picks: Tensor) -> Tensor:
         """What the unit reads for some images, as it is trained."""
         if self.input == "mixed":
             return mixed(data.inputs[picks], data.float_inputs[picks], self.keep, self._drops)
         return (data.float_inputs if self.input == "float" else data.inputs)[picks]
+
+
+@contextmanager
+def parameters_kept(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """Give quantizers, after the block, the values that they had before it."""
+    start = [(parameter, parameter.detach().clone()) for q in quantizers for parameter in q.parameters()]
+    yield
+    with torch.no_grad():
+        for parameter, value in start:
+            parameter.copy_(value)
 
 
 def is_layer(site: WeightSite) -> bool:

@@ -128,7 +128,8 @@ class Training:
                 if store is not None and ((t + 1) % schedule.save_every == 0 or t + 1 == T):
                     if self.loss.version() != version:
                         best, version = self._error_of(kept), self.loss.version()
-                    store.save_state(key, self._under_way(t + 1, best, kept, adam, draws, ranking))
+                    state = self._under_way(t + 1, best, kept, adam, draws, ranking)
+                    store.save_state(key, {"prepared": rule.prepared(), **state})
         self.restore(kept)
 
     def _error_of(self, values: list[Tensor]) -> float:
