@@ -301,7 +301,7 @@ def test_layers_that_a_method_leaves_in_floating_point_are_told(recipe, images, 
     assert "chosen: floating point at patch_embed.proj.weight_quant, blocks.0" in capsys.readouterr().out
     model = load(folder_of(tmp_path / "runs") / "ptq.ckpt")
     with torch.no_grad():
-        assert torch.equal(model(fixed_images.float()), cli.model(fixed_images.float()))
+        assert torch.equal(model(fixed_images.float()), cli.model.model(fixed_images.float()))
 
 
 @pytest.mark.parametrize("calibrates", [True, False])
