@@ -9,6 +9,7 @@ from qat.ptq.aphq_vit import APHQViT
 from qat.ptq.apq_vit import APQViT, BlockSearch
 from qat.ptq.base import PTQMethod
 from qat.ptq.brecq import BRECQ
+from qat.ptq.channel_steps import FoldChannels, SplitChannels
 from qat.ptq.choose_softmax import ChooseSoftmax
 from qat.ptq.fima_q import FIMAQ
 from qat.ptq.fold_norms import FoldNorms
@@ -44,6 +45,7 @@ __all__ = [
     "BlockSearch",
     "ChooseSoftmax",
     "FitWeights",
+    "FoldChannels",
     "FoldNorms",
     "Frontier",
     "FullRange",
@@ -62,6 +64,7 @@ __all__ = [
     "RepQViT",
     "Ridge",
     "RotateHeads",
+    "SplitChannels",
     "Stage",
     "Step",
     "Steps",

@@ -66,7 +66,7 @@ class FoldNorms(Step):
         """Rewrite the norms of a unit."""
         reached = here.wanted_activations()
         links = [link for link in self._links if f"{link.readers[0]}.input_quant" in reached]
-        channels = {link.norm: _per_channel(here.model, link) for link in links}
+        channels = {link.norm: per_channel(here.model, link.readers[0]) for link in links}
         names = {link.norm: f"{link.readers[0]}.input_quant" for link in links}  # all readers see one tensor
         found = here.samples({names[norm]: quantizer for norm, quantizer in channels.items()}, self.samples)
         for link in links:
@@ -113,10 +113,9 @@ def raise_unless_foldable(model: nn.Module, links: Sequence[NormLink]) -> None:
             )
 
 
-def _per_channel(model: nn.Module, link: NormLink) -> UniformQuantizer:
-    """A quantizer with the same codes that has a step and a zero point for each channel."""
-    layer = model.get_submodule(link.readers[0])
-    site = input_site(model, link.readers[0])
+def per_channel(model: nn.Module, reader: str) -> UniformQuantizer:
+    """A quantizer with the codes of the input site of a layer that has a step and a zero point for each channel."""
+    layer, site = model.get_submodule(reader), input_site(model, reader)
     layout = Layout(-1, cast(int, layer.in_features), batched=True)
     return site.spec.per_channel().build(layout).to(site.step.device)
 

@@ -165,11 +165,13 @@ class UnitWork:
         return self._layers[product.left]
 
     def replace(self, name: str, quantizer: Quantizer) -> None:
-        """Put another quantizer at a wanted site; it becomes a rule of the recipe."""
+        """Put another quantizer at a wanted site; where it is not that of the recipe, it becomes a rule of it."""
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, quantizer)
         self.work.wanted[name] = quantizer
         self.work.method.chosen[name] = quantizer.spec.to_dict()
+        if quantizer.spec == self.work.recipe[name]:
+            del self.work.method.chosen[name]
         self.off = [site for _, site in quantizers(self.model)]
 
     def leave_float(self, name: str) -> None:

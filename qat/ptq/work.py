@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat.progress import Progress
 from qat.ptq.base import PTQMethod
 from qat.ptq.importance import Importance
-from qat.quantizers import Quantizer
+from qat.quantizers import Quantizer, Spec
 from qat.sites.insert import quantizers
 
 Prefix = Literal["quantized", "float"]
@@ -30,6 +30,7 @@ class Work:
         model: in evaluation mode.
         wanted: the sites that it fills, by name: those that were not calibrated when it began.
         method: gets what there is to report.
+        recipe: what the recipe says of these sites.
         reached: names of the activation sites that an image has reached so far.
         importance: how much the rows of the output of every layer matter; empty where no step asks.
         importance_share: by which share rows count by it; they count alike for the rest.
@@ -40,6 +41,7 @@ class Work:
     model: nn.Module
     wanted: dict[str, Quantizer]
     method: PTQMethod
+    recipe: dict[str, Spec]
     reached: set[str] = field(default_factory=set)
     importance: Importance = field(default_factory=dict)
     importance_share: float = 0.0
@@ -49,7 +51,8 @@ class Work:
     @classmethod
     def of(cls, model: nn.Module, method: PTQMethod) -> Work:
         """The work on all sites that are not calibrated."""
-        return cls(model, {name: q for name, q in quantizers(model) if not q.calibrated}, method)
+        wanted = {name: q for name, q in quantizers(model) if not q.calibrated}
+        return cls(model, wanted, method, {name: q.spec for name, q in wanted.items()})
 
     def is_open(self, names: Iterable[str]) -> bool:
         """Whether all of these sites, but for those in floating point, are still to be calibrated."""

@@ -39,6 +39,8 @@ METHODS = {
     "ISViT": ("is_vit", ISViT(**SHORT, lr=1e-3)),
     "twice": ("frontier", Steps([TensorSearch(), Reconstruct(**SHORT), Reconstruct(**SHORT)])),
     "side": ("aiqvit", AIQViT(**SHORT, rank=2, mode="side", lr=1e-2)),
+    "between": ("aiqvit", AIQViT(**SHORT, rank=2, fold="between", more=4)),
+    "after": ("aiqvit", AIQViT(**SHORT, rank=2, fold="after", more=4)),
     "AIQViT": ("aiqvit", AIQViT(**SHORT, search=RankSearch([2, 4], iterations=2), curriculum=Curriculum(refresh=4))),
 }
 
