@@ -72,21 +72,21 @@ class PTQMethod(ABC):
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with no ``grad``, inside the block; put back modes, ``requires_grad``, ``grad`` and switches."""
     training = [(name, module.training) for name, module in model.named_modules()]  # by name: sites may be replaced
-    learning = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    enabled = [(name, quantizer.enabled) for name, quantizer in quantizers(model)]
+    learning = {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
+    enabled = {name: quantizer.enabled for name, quantizer in quantizers(model)}
     try:
         model.eval()
-        for parameter, _, _ in learning:
+        for parameter in model.parameters():
             parameter.grad = None
         yield
     finally:
         for name, before in training:
             model.get_submodule(name).training = before
-        for parameter, required, grad in learning:
+        for name, parameter in model.named_parameters():
+            required, parameter.grad = learning.get(name, (True, None))
             parameter.requires_grad_(required)
-            parameter.grad = grad
-        for name, before in enabled:
-            cast(Quantizer, model.get_submodule(name)).enabled = before
+        for name, quantizer in quantizers(model):
+            quantizer.enabled = enabled[name]
 
 
 @contextmanager

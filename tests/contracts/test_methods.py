@@ -132,6 +132,7 @@ CASES = [
     Case(BRECQ(**SHORT), "frontier", 4, ("vit", "swin", "sret")),
     *(Case(kind(**SHORT), "frontier", 4, ("vit",)) for kind in (QDrop, APHQViT, FIMAQ, PDQuant, GLFQ)),
     Case(AIQViT(**SHORT, search=RankSearch([2, 4], iterations=3)), "aiqvit", 4, ("vit", "swin")),
+    Case(AIQViT(**SHORT, rank=2, fold="after", more=2), "aiqvit", 4, ("sret",)),
     Case(ISViT(**SHORT), "is_vit", 4, ("vit", "sret")),
 ]  # fmt: skip
 PAIRS = [(case, name) for case in CASES for name in case.models]
