@@ -207,6 +207,19 @@ def test_models_without_quantized_attention_and_heads(name):
         assert bool(logits(model).isfinite().all())
 
 
+def test_products_are_computed_in_half_precision_where_that_is_wanted():
+    for autocast in (False, True):
+        model, seen = tiny(), set()
+        hook = model.get_submodule("blocks.0.mlp.fc1").register_forward_hook(
+            lambda m, x, out, seen=seen: seen.add(out.dtype)
+        )
+        Steps([TensorSearch(), short(LowRank(rank=2, lr=1e-2), autocast=autocast)])(model, batches())
+        hook.remove()
+        assert seen == ({torch.float32, torch.bfloat16} if autocast else {torch.float32})
+        assert bool(logits(model).isfinite().all())
+        assert all(value.dtype == torch.float32 for value in model.state_dict().values() if value.is_floating_point())
+
+
 def test_what_is_trained_at_the_side_of_a_weight_leaves_its_layers_in_floating_point():
     model, merged = tiny(), tiny()
     step = short(LowRank(rank=2, lr=1e-2, mode="side"), iterations=20)

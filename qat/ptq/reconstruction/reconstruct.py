@@ -47,6 +47,7 @@ class ReconstructionOptions:
         interval_lr: learning rate of the ends of intervals, which `DFQ` has in place of a step; 0 leaves them.
         held: share of the images that only choose between the states of a unit.
         checks: how many states are compared, beside the first one; the last of them is the end.
+        autocast: products of the unit and of what follows it are computed in bfloat16, faster on a GPU.
         save_every: iterations between two states that a killed calibration can go on from.
         seed: draws batches and what is not quantized.
     """
@@ -58,6 +59,7 @@ class ReconstructionOptions:
     interval_lr: Annotated[float, Range(low=0, high=1)] = 4e-5
     held: Annotated[float, Range(low=0, below=1)] = 0.125
     checks: Annotated[int, Range(1, 10_000)] = 4
+    autocast: bool = False
     save_every: Annotated[int, Range(1, 10_000_000)] = 500
     seed: Seed = 0
 
@@ -131,7 +133,8 @@ class Reconstruct(ReconstructionOptions, Step):
             dropped = {name: Dropped(quantizer, self.keep, self._drops) for name, quantizer in kept}
             with standing_in(here.model, {**weights, **dropped}):
                 learned = Learned(weights, moving, groups, dropped, self._drops)
-                yield Training(data, partial(self._inputs, data), loss, learned, self.batch, self.held)
+                inputs = partial(self._inputs, data)
+                yield Training(data, inputs, loss, learned, self.batch, self.held, self.autocast)
 
         key, store = f"{here.trainings} {self!r}", here.work.method.store
         if store is not None and (state := store.state(key)) is not None:

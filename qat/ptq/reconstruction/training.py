@@ -66,13 +66,14 @@ class Training:
         learned: what is learned.
         batch: B.
         held: share of the images that only choose between states.
+        autocast: compute products in bfloat16.
     """
 
     def __init__(
         self, data: UnitData, inputs: Callable[[Tensor], Tensor], loss: UnitLoss, learned: Learned, batch: int,
-        held: float,
+        held: float, autocast: bool = False,
     ) -> None:  # fmt: skip
-        self.data, self.inputs, self.loss, self.batch = data, inputs, loss, batch
+        self.data, self.inputs, self.loss, self.batch, self.autocast = data, inputs, loss, batch, autocast
         self.weights, self.steps, self.groups = list(learned.weights.values()), learned.steps, learned.groups
         self.drops, self.modules = learned.drops, [*self.weights, *learned.dropped.values()]
         count = len(data) - int(held * len(data))
@@ -84,7 +85,7 @@ class Training:
         """One step on the loss of some images, at a share 0 to 1 of all iterations."""
         with self.evaluating():
             self.loss.refresh(progress)
-        value = found = self.compared(picks)
+        value = found = self.compared(self.data.placed(picks))
         for weight in self.weights:
             if (term := weight.regularizer(progress)) is not None:
                 value = value + term
@@ -186,14 +187,19 @@ class Training:
 
     def compared(self, picks: Tensor) -> Tensor:
         """The loss of some images, as they are trained."""
-        return self.loss(self.data.here.unit.run(self.inputs(picks)), picks)
+        return self._loss_of(self.inputs(picks), picks)
+
+    def _loss_of(self, x: Tensor, picks: Tensor) -> Tensor:
+        """The loss of images of which the unit reads x (B, ...)."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.loss(self.data.here.unit.run(x).float(), picks)
 
     @torch.no_grad()
     def losses(self, picks: Tensor, together: int = 1) -> Tensor:
         """The present loss of images, ``together`` at a time, with the unit as it will be."""
-        run, inputs = self.data.here.unit.run, self.data.inputs
         with self.evaluating():
-            return torch.stack([self.loss(run(inputs[part]), part) * len(part) for part in picks.split(together)])
+            parts = self.data.placed(picks).split(together)
+            return torch.stack([self._loss_of(self.data.inputs[part], part) * len(part) for part in parts])
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -37,6 +37,11 @@ class UnitData:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def placed(self, picks: Tensor) -> Tensor:
+        """Indices, drawn on the CPU, where the tensors are kept; a GPU gets them without a wait of the host."""
+        device = self.inputs.storage.device
+        return picks if device.type == "cpu" else picks.pin_memory().to(device, non_blocking=True)
+
     def parts(self) -> Iterator[slice]:
         """Slices of all images."""
         for start in range(0, len(self), PART):
