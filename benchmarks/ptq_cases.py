@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
+
+from case import Case, by_head
+from reconstruction_cases import RECONSTRUCTIONS
 
 from qat.ptq.apq_vit import APQViT
 from qat.ptq.base import PTQMethod
@@ -18,35 +21,6 @@ from qat.ptq.rotate_heads import RotateHeads
 from qat.ptq.steps import Steps
 from qat.ptq.tensor_search import TensorSearch
 from qat.ptq.weight_correction import GPTQ, BiasCorrection, Ridge
-
-
-class Case(NamedTuple):
-    """A recipe, the method that fills it, widths, and the number of calibration images.
-
-    Args:
-        label: takes the place of recipe and method in the name.
-        rules: come after those of the recipe.
-    """
-
-    recipe: str
-    method: PTQMethod
-    w_bits: int
-    a_bits: int
-    images: int
-    label: str = ""
-    rules: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Recipe, method, widths and images, as `--only` matches them."""
-        kind = getattr(self.method, "observer", type(self.method).__name__)
-        return f"{self.label or f'{self.recipe} {kind}'} W{self.w_bits}A{self.a_bits} {self.images}"
-
-
-def by_head(site: str) -> dict[str, Any]:
-    """A rule for one step per head."""
-    return {"match": site, "spec": {"class_path": "Uniform", "init_args": {"bits": "a_bits", "granularity": "head"}}}
-
 
 FORMS = ("single_16", "single_17", "half_16", "half_17")
 HEADS = (by_head("*.attn.[qkv]_quant"), by_head("*.attn.probs_quant"))
@@ -99,6 +73,7 @@ CASES = [
     *(Case("uniform", Observe(kind), 4, 4, 256) for kind in ("minmax", "ema", "percentile", "omse")),
     *(Case("uniform", method, n, n, 32) for n in (4, 3) for method in (InitSteps(), RepQViT(), OutputSearch())),
     *(Case("uniform", OutputSearch(), n, n, 32) for n in (6, 8)),
+    *RECONSTRUCTIONS,
 ]  # fmt: skip
 GOALS = {4: 7.0, 3: 30.0, 6: 0.8, 8: 0.3}  # the largest drop of FRONTIER on 32 images, by width
 PUBLISHED_FLOAT = 72.21

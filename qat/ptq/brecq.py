@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from qat.ptq.frontier import IMPORTANCE, start
+from qat.ptq.reconstruction.adaround import AdaRound
 from qat.ptq.reconstruction.losses import PerFirst, ReconstructionLoss, Temperature, UnitLoss
 from qat.ptq.reconstruction.reconstruct import Reconstruct, ReconstructionOptions
 from qat.ptq.reconstruction.unit_data import UnitData
 from qat.ptq.step import Step
 from qat.ptq.steps import Preset, options_of
-from qat.ranges import check_fields
+from qat.ranges import Range, check_fields
 
 
 @dataclass
@@ -29,15 +31,18 @@ class BRECQ(ReconstructionOptions, Preset):
 
     Args:
         loss: what the output of a unit is compared by; null is MSE.
+        lr: learning rate of the rounding; with few iterations, more than the published 1e-3.
     """
 
     loss: ReconstructionLoss | None = None
+    lr: Annotated[float, Range(above=0, high=1)] = 1e-3
 
     importance = IMPORTANCE
 
     def steps(self) -> Sequence[Step]:
         """The start, then the reconstruction."""
-        return [*start(), Reconstruct(loss=self.loss, **options_of(self, ReconstructionOptions))]
+        options = options_of(self, ReconstructionOptions)
+        return [*start(), Reconstruct(weights=AdaRound(self.lr), loss=self.loss, **options)]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from qat.ptq.frontier import IMPORTANCE, start
+from qat.ptq.reconstruction.adaround import AdaRound
 from qat.ptq.reconstruction.losses import ReconstructionLoss
 from qat.ptq.reconstruction.reconstruct import Reconstruct, ReconstructionOptions
 from qat.ptq.step import Step
@@ -25,14 +26,17 @@ class QDrop(ReconstructionOptions, Preset):
     Args:
         loss: what the output of a unit is compared by; null is MSE.
         keep: probability with which a value is quantized.
+        lr: learning rate of the rounding; with few iterations, more than the published 1e-3.
     """
 
     loss: ReconstructionLoss | None = None
     keep: Annotated[float, Range(low=2**-16, high=1)] = 0.5
+    lr: Annotated[float, Range(above=0, high=1)] = 1e-3
 
     importance = IMPORTANCE
 
     def steps(self) -> Sequence[Step]:
         """The start, then the reconstruction."""
         options = options_of(self, ReconstructionOptions)
-        return [*start(), Reconstruct(loss=self.loss, input="mixed", keep=self.keep, **options)]
+        rule = AdaRound(self.lr)
+        return [*start(), Reconstruct(weights=rule, loss=self.loss, input="mixed", keep=self.keep, **options)]
