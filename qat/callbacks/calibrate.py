@@ -105,14 +105,14 @@ class Calibrate(L.Callback):
             "recipe": sha256(repr(module.card.rules).encode()).hexdigest(),
         }  # fmt: skip
         store = self.method.store = UnitStore(self.folder / UNITS, what)
-        if done := store.count():
-            log.info("going on after %d finished units", done)
+        if store.kept:
+            log.info("going on after %s", store.kept)
         try:
             yield
         except Stopped as stopped:
-            if store.count():
+            if store.kept:
                 how = str(stopped).removeprefix("stopped ")
-                how += f" after {store.count()} finished units; the same command with --resume {self.folder} goes on"
+                how += f" after {store.kept}; the same command with --resume {self.folder} goes on"
                 raise Stopped(stopped.signum, how) from None
             raise
         finally:

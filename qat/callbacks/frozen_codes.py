@@ -34,6 +34,11 @@ class FrozenCodes(L.Callback):
         self._held: list[tuple[WeightSite, Tensor]] = []  # weights and their codes
         self._hooks: list[RemovableHandle] = []
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a glob that matches nothing, before the model is calibrated."""
+        assert isinstance(pl_module, QATModule)
+        weight_sites(pl_module.model, self.sites)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the codes of the weights as they are, unless a run resumes after this part."""
         assert isinstance(pl_module, QATModule)

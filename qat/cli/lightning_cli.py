@@ -157,7 +157,7 @@ class QatCLI(LightningCLI):
             if config.max_time is not None:
                 callbacks.append(TimeLimit(config.max_time))
                 kwargs["max_time"] = None
-            callbacks = self._ordered([EndTogether(), PlaceModule(), *calibrate, *callbacks])
+            callbacks = self._ordered([EndTogether(), PlaceModule(), *callbacks, *calibrate])
             trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except QatError:
             raise
@@ -178,7 +178,7 @@ class QatCLI(LightningCLI):
         return not told and (self.verb == "predict" or (self.verb != "fit" and self.calibrates))
 
     def _ordered(self, callbacks: list[Callback]) -> list[Callback]:
-        """Calibration comes first, a weight average after everything that still changes weights."""
+        """Calibration comes after all that may refuse to start, a weight average after all that changes weights."""
         return sorted(callbacks, key=lambda callback: isinstance(callback, WeightAveraging))
 
     def _run_folder(self) -> Path:

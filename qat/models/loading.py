@@ -161,7 +161,7 @@ def _describe(value: Any) -> str:
 
 
 def _hint(extra: list[str]) -> str:
-    if any(name.endswith(("_quant.step", "_quant.offset")) for name in extra):
+    if any(name.endswith(("_quant.step", "_quant.log_step", "_quant.offset")) for name in extra):
         return "; it holds quantizer steps, so it is a quantized checkpoint: use --ckpt, or --model.quant_checkpoint"
     if any(name.endswith((".alpha", ".nbits", ".attn.proj_q.weight")) for name in extra):
         return "; these are names of VVTQ: translate the file with `qat convert-official` first"

@@ -106,6 +106,14 @@ class UnitStore:
         """How many units are finished."""
         return len(list(self.folder.glob(UNIT)))
 
+    @property
+    def kept(self) -> str:
+        """What a calibration would go on from, in words; empty where nothing is kept."""
+        parts = [f"{n} finished units" if (n := self.count()) != 1 else "1 finished unit"] if self.count() else []
+        if any(self.folder.glob(STATE)):
+            parts.append("a unit that is under way")
+        return " and ".join(parts)
+
     def _state_file(self, key: str) -> Path:
         return self.folder / f"state_{key.partition(' ')[0]}.pt"
 

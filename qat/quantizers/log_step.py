@@ -44,5 +44,9 @@ class LogStep(Quantizer):
         self.log_step.clamp_(min=log(self.smallest_step))
 
     def illegal(self, site: str, values: Table) -> str:
-        """Nothing is: every number is the logarithm of a step."""
-        return ""
+        """A logarithm of a step that is no number, or so small or large that there is no such step."""
+        least, most = log(self.smallest_step), log(torch.finfo(torch.float32).max)
+        wrong = values["log_step"][~((values["log_step"] >= least) & (values["log_step"] <= most))]
+        if not len(wrong):
+            return ""
+        return f"a log_step of {site!r} is {float(wrong[0]):g}; logarithms of steps lie from {least:.0f} to {most:.0f}"

@@ -6,8 +6,8 @@ count alike, and 1 is as good as a constant. Shapes: B crops, C channels, in the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qat.errors import QatError
 from qat.ranges import Range, check_fields
 from qat.sites.hooks import watching
+from qat.sites.insert import quantizers, switched_off
 
 TINY = 1e-12  # of a variance: a module of the teacher that gives a constant
 
@@ -69,6 +70,15 @@ class FeatureLoss:
         self._seen: dict[str, Tensor] = {}  # of the student
         self._wanted: dict[str, Tensor] = {}  # of the teacher
 
+    @torch.no_grad()
+    def check(self, student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], size: int) -> None:
+        """Run both models, in evaluation mode, on one image of zeros; QatError as in `take`."""
+        image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        with self.watching_student(), self.watching_teacher():
+            teacher(image)
+            student(image)
+        self.take()
+
     def watching_student(self) -> AbstractContextManager[None]:
         """Keep what its modules give inside the block."""
         return watching(self.student, after=lambda name, args, out: self._seen.update({name: out}))
@@ -98,6 +108,16 @@ class FeatureLoss:
         self._seen.clear()
         self._wanted.clear()
         return {"features": self.weight * torch.stack(parts).mean()} if parts else {}
+
+
+@contextmanager
+def as_float(model: nn.Module) -> Iterator[None]:
+    """A quantized model in evaluation mode and in floating point inside the block."""
+    mode = model.training
+    model.eval()
+    with switched_off(quantizer for _, quantizer in quantizers(model)):
+        yield
+    model.train(mode)
 
 
 def relative_error(x: Tensor, target: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from qat.models import param_groups, regroup
 from qat.preprocessing import Preprocessing
 from qat.quantizers.projection import Projection
 from qat.sites.insert import WeightSite, quantizers, raise_for_uncalibrated
-from qat.training.features import FeatureLoss
+from qat.training.features import FeatureLoss, as_float
 from qat.training.finite import FiniteCheck
 from qat.training.length import total_steps
 from qat.training.losses import cross_entropy, entropy
@@ -61,6 +61,9 @@ class QATModule(L.LightningModule):
             self.teacher = (build_teacher(options.teacher, weights, outputs, names, trust=options.trust),)
         teacher = self.teacher[0].model if self.teacher else None
         self.features = FeatureLoss(options.features, self.model, teacher)
+        for own in self.teacher if self.features.pairs else ():
+            with as_float(self.model):
+                self.features.check(self, own, self.preprocessing.size)
         self.validation, self.held_out = ValidationMetrics(outputs), HeldOutMetrics(bool(self.teacher))
         self.finite = FiniteCheck()
         self.project: Projection | None = None

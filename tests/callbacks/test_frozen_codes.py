@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.callbacks import FrozenCodes
+from qat.callbacks import Calibrate, FrozenCodes
+from qat.cli.main import main
 from qat.errors import QatError
 from qat.sites.insert import weights
 from qat.training.module import QATModule
@@ -116,3 +117,10 @@ def test_gradients_of_steps_are_those_of_codes(images, tmp_path):
     torch.testing.assert_close(site.quantizer.step.grad, gain * (upstream * codes).sum(1))
     assert not site.weight.grad.any()
     callback.on_train_end(trainer, module)
+
+
+def test_a_glob_that_matches_nothing_is_refused_before_the_calibration(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Calibrate, "setup", lambda *args: pytest.fail("the model was calibrated"))
+    callback = '[{"class_path": "FrozenCodes", "init_args": {"sites": "nothing.*"}}]'
+    assert main(["fit", "--config", str(config), "--runs", str(tmp_path), "--trainer.callbacks", callback]) == 2
+    assert "no quantized weight of at most 16 bits matches 'nothing.*'" in capsys.readouterr().err

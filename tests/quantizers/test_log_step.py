@@ -51,6 +51,10 @@ def test_there_is_no_step_below_the_limit():
     torch.testing.assert_close(quantizer.step.detach(), torch.full((3,), MIN_STEP))
     quantizer.set_({"step": torch.zeros(3)})
     assert bool(quantizer.log_step.isfinite().all())
+    assert quantizer.illegal("here", {"log_step": quantizer.log_step.detach()}) == ""
+    for value in (float("nan"), float("-inf"), 1000.0):
+        wrong = quantizer.illegal("here", {"log_step": torch.tensor([0.0, value])})
+        assert f"a log_step of 'here' is {value:g}; logarithms of steps lie from -" in wrong
 
 
 def test_a_fractional_zero_point_is_refused():

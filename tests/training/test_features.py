@@ -10,6 +10,7 @@ from torch import nn
 from qat.checkpoint import Card
 from qat.errors import QatError
 from qat.models import build_float, default_preprocessing
+from qat.sites.insert import quantizers
 from qat.training.features import FeatureLoss, FeatureOptions, relative_error
 from qat.training.module import QATModule
 from tests.conftest import TINY
@@ -85,10 +86,17 @@ def test_it_needs_a_teacher():
         tiny_module(features=FeatureOptions(BLOCKS))
 
 
-def test_other_shapes_are_said_at_the_first_step(teacher, images, tmp_path):
-    module = tiny_module(features=FeatureOptions(["blocks.0"], ["patch_embed.proj"]), **teacher)
-    with pytest.raises(QatError, match=r"'blocks.0' gives \(8, 17, 24\) and 'patch_embed.proj' of the teacher"):
-        fit(module, images, tmp_path, max_steps=1)
+def test_other_shapes_are_said_before_anything_is_calibrated(teacher):
+    with pytest.raises(QatError, match=r"'blocks.0' gives \(1, 17, 24\) and 'patch_embed.proj' of the teacher"):
+        tiny_module(features=FeatureOptions(["blocks.0"], ["patch_embed.proj"]), **teacher)
+
+
+def test_the_check_leaves_the_model_as_it_was(teacher):
+    plain, checked = tiny_module(), tiny_module(features=FeatureOptions(BLOCKS), **teacher)
+    assert plain.model.training == checked.model.training
+    assert all(q.enabled for _, q in quantizers(checked.model))
+    with pytest.raises(QatError, match="has not run in the student"):
+        checked.features.take()
 
 
 def trained(features: FeatureOptions | None, teacher: dict[str, Any], images: Path, folder: Path) -> QATModule:
