@@ -50,9 +50,11 @@ class ConsoleLog(L.Callback):
         """Log the metrics of a validation during training; `qat validate` prints its own."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        log.info("validation at step %d: %s", trainer.global_step, _format(trainer.callback_metrics, "val/"))
+        log.info(
+            "validation at step %d: %s", trainer.global_step, _format(trainer.callback_metrics, "val/", "held_out/")
+        )
 
 
-def _format(metrics: Mapping[str, Any], prefix: str) -> str:
-    chosen = {name: float(value) for name, value in metrics.items() if name.startswith(prefix)}
+def _format(metrics: Mapping[str, Any], *prefixes: str) -> str:
+    chosen = {name: float(value) for name, value in metrics.items() if name.startswith(prefixes)}
     return ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in chosen.items())

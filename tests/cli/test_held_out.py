@@ -23,14 +23,16 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def test_the_best_checkpoint_is_that_with_the_least_distance_to_the_teacher(
-    config: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     folder = Path(run(words(config, ckpt, tmp_path, "--model.lr", "0.05")).trainer.default_root_dir)
     found = [float(row["held_out/kl"]) for row in entries(folder) if "held_out/kl" in row]
     assert len(found) == 2  # one validation after each pass
     best = torch.load(only(folder, "best_on_*"), weights_only=True)
     assert best["epoch"] == found.index(min(found))
     assert f"best on held_out/kl {min(found):.4f}: {folder}/best_on_held_out_" in capsys.readouterr().out
+    assert f"held_out/kl {found[-1]:.4g}" in caplog.text
 
 
 def test_without_a_teacher_by_the_loss_on_labels(config: Path, tmp_path: Path) -> None:
