@@ -12,7 +12,9 @@ from tests.ptq.test_output_search import tiny
 
 def test_the_worked_example(monkeypatch):
     """With the random numbers 0.1, 0.7, 0.4 and 0.9."""
-    monkeypatch.setattr(stand_in, "chosen", lambda x, keep, generator: torch.tensor([0.1, 0.7, 0.4, 0.9]) < keep)
+    monkeypatch.setattr(
+        stand_in, "chosen", lambda x, keep, generator: (torch.tensor([0.1, 0.7, 0.4, 0.9]) < keep).float()
+    )
     quantized, plain = torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.1, 1.9, 3.2, 3.7])
     found = mixed(quantized, plain, 0.5, torch.Generator())
     assert torch.equal(found, torch.tensor([1, 1.9, 3, 3.7]))
