@@ -8,14 +8,18 @@ DEFAULT_BATCH_SIZE = 256  # crops per process and forward pass
 
 
 def split_global_batch(
-    global_batch_size: int, batch_size: int | None, processes: int, accumulate: int | None, crops_per_image: int = 1
+    global_batch_size: int | None,
+    batch_size: int | None,
+    processes: int,
+    accumulate: int | None,
+    crops_per_image: int = 1,
 ) -> tuple[int, int]:
     """Return the crops per process and forward pass, and the forward passes per optimizer step.
 
-    They satisfy ``global_batch_size == processes * accumulate * batch_size``.
+    They satisfy ``global_batch_size == processes * accumulate * batch_size`` where that is given.
 
     Args:
-        global_batch_size: crops per optimizer step over all processes.
+        global_batch_size: crops per optimizer step over all processes; None for whatever the others give.
         batch_size: crops per process and forward pass; None computes it.
         processes: training processes, one per device.
         accumulate: forward passes per optimizer step. Where ``batch_size`` is given, None and 1 (the Trainer's default)
@@ -25,6 +29,8 @@ def split_global_batch(
     Raises:
         QatError: no such split exists.
     """
+    if global_batch_size is None:
+        return DEFAULT_BATCH_SIZE if batch_size is None else batch_size, accumulate or 1
     if batch_size is None:
         passes = accumulate or 1
         crops = global_batch_size // (processes * passes)

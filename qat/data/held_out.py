@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,8 +14,15 @@ STREAM = 2**31  # another one than those of crops and calibrations, for any seed
 Indices = npt.NDArray[np.int64]
 
 
-def put_aside(total: int, count: int) -> tuple[Indices, Indices]:
-    """Indices of the images that are used, and of the others, each in order.
+class Parts(NamedTuple):
+    """Indices of training images, each in order."""
+
+    used: Indices
+    held_out: Indices
+
+
+def put_aside(total: int, count: int) -> Parts:
+    """Some images are held out.
 
     The choice depends on the two numbers alone: a calibration and the training that follows it spare the same images.
 
@@ -27,4 +36,4 @@ def put_aside(total: int, count: int) -> tuple[Indices, Indices]:
     if count and count >= total:
         raise QatError(f"data.held_out is {count}, and there are {total} training images: leave some to learn from")
     order = rng_for(0, 0, STREAM).permutation(total)
-    return np.sort(order[count:]), np.sort(order[:count])
+    return Parts(np.sort(order[count:]), np.sort(order[:count]))

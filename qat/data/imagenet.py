@@ -10,17 +10,16 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qat.data.batch_size import DEFAULT_BATCH_SIZE, split_global_batch
+from qat.data.batch_size import split_global_batch
 from qat.data.calibration import calibration_loader
 from qat.data.check import cores
 from qat.data.classes import Classes, Tree
 from qat.data.crops import CropDistribution
-from qat.data.held_out import put_aside
+from qat.data.held_out import Indices, Parts, put_aside
 from qat.data.images import Batch, CropView, EvalView, Images, View, load
 from qat.data.listing import LIST, with_list
 from qat.data.options import DataOptions
@@ -103,13 +102,8 @@ class ImageNetDataModule(L.LightningDataModule):
         Raises:
             QatError: ``global_batch_size`` cannot be split over the processes.
         """
-        options = self.options
-        if options.global_batch_size is None:
-            self.batch_size = DEFAULT_BATCH_SIZE if options.batch_size is None else options.batch_size
-            return accumulate or 1
-        self.batch_size, accumulate = split_global_batch(
-            options.global_batch_size, options.batch_size, processes, accumulate, options.crops_per_image
-        )
+        sizes = self.options.global_batch_size, self.options.batch_size
+        self.batch_size, accumulate = split_global_batch(*sizes, processes, accumulate, self.options.crops_per_image)
         return accumulate
 
     def batches_per_pass(self, world_size: int = 1, epochs: int | None = None) -> list[int]:
@@ -127,16 +121,15 @@ class ImageNetDataModule(L.LightningDataModule):
         log.info("soft labels of %s", store)
         return store
 
-    @property
-    def _used(self) -> npt.NDArray[np.int64]:
-        """Indices of the training images that are not held out."""
-        return put_aside(len(self.tree.source("train")), self.options.held_out)[0]
+    @cached_property
+    def _parts(self) -> Parts:
+        """The training images that are used, and those that are held out."""
+        return put_aside(len(self.tree.source("train")), self.options.held_out)
 
-    def _trained(self) -> npt.NDArray[np.int64]:
-        """Indices of the images that are trained on: all, or those of an unfinished store that have labels."""
-        if self.store is not None:
-            return np.intersect1d(self._used, np.flatnonzero(self.store.done))
-        return self._used
+    def _trained(self) -> Indices:
+        """The images that are trained on: all, or those of an unfinished store that have labels."""
+        used = self._parts.used
+        return used if self.store is None else np.intersect1d(used, np.flatnonzero(self.store.done))
 
     def setup(self, stage: str) -> None:
         """Check the folders that the stage reads, the preprocessing and the batch size; QatError if one is unusable."""
@@ -210,8 +203,7 @@ class ImageNetDataModule(L.LightningDataModule):
         loader = self._evaluation(self._split("val", view))
         if not self.options.held_out or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return loader
-        _, aside = put_aside(len(self.tree.source("train")), self.options.held_out)
-        return [loader, self._evaluation(self._split("train", view, chosen=aside))]
+        return [loader, self._evaluation(self._split("train", view, chosen=self._parts.held_out))]
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Every image to predict once, in order, spread over the ranks; all labels are -1."""
@@ -227,7 +219,7 @@ class ImageNetDataModule(L.LightningDataModule):
         """Batches uint8 (b, 3, S, S) of the evaluation transform, of images that `calibration_loader` chooses."""
         tries, folder = TRIES[self.options.on_bad_image], self._calibration_folder
         if folder is None:
-            source = self._split("train", EvalView(self._preprocessing()), tries, self._used)
+            source = self._split("train", EvalView(self._preprocessing()), tries, self._parts.used)
         else:
             source = self._unlabelled(loose_source(folder), tries)
         batches = calibration_loader(source, images, batch_size, seed, self.workers)
@@ -238,7 +230,7 @@ class ImageNetDataModule(L.LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         return self.unreadable.report_training(batch) if training else self.unreadable.report(batch)
 
-    def _split(self, name: str, view: View, tries: int = 1, chosen: npt.NDArray[np.int64] | None = None) -> Images:
+    def _split(self, name: str, view: View, tries: int = 1, chosen: Indices | None = None) -> Images:
         source = self.tree.source(name)
         return Images(source, self._classes.of(source), view, tries, chosen, bool(self.options.exif_orientation))
 

@@ -75,7 +75,7 @@ class BlockSearch(BlockSearchOptions, Step):
 
     def begin(self, work: Work) -> None:
         """Forget what an earlier call has kept."""
-        self._done: set[str] = set()  # sites of the products so far
+        self._done: set[str] = set()  # sites that have been chosen so far
         self._ranges: dict[str, Ranges] = {}  # of the present unit, by site
 
     def unit(self, here: UnitWork) -> None:
@@ -90,13 +90,15 @@ class BlockSearch(BlockSearchOptions, Step):
         self._error = BlockError(here.unit.run, x, output, gradient, self.dropped)
 
     def product(self, here: UnitWork, product: MatrixProduct) -> None:
-        """Choose both operands of a product, with those after it switched off."""
-        self._done |= {product.left, product.right}
+        """Choose both operands of a product, with those after it switched off.
+
+        The second one is off too until its first turn: from its full range, it would hide what the first one does.
+        """
         names = (product.right, product.left) if product.matrices.weight is not None else (product.left, product.right)
-        waiting = [q for name, q in here.work.wanted.items() if name not in self._done]
-        with switched_off(waiting):
-            for _ in range(self.rounds):
-                for name in names:
+        for _ in range(self.rounds):
+            for name in names:
+                self._done.add(name)
+                with switched_off(q for other, q in here.work.wanted.items() if other not in self._done):
                     self._choose_(here, name)
 
     def _choose_(self, here: UnitWork, name: str) -> None:
