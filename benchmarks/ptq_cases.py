@@ -40,10 +40,11 @@ ABLATION: tuple[tuple[str, str, tuple[dict[str, Any], ...], PTQMethod], ...] = (
     ("07 importance", "frontier", (), Steps([*REWRITES, *SEARCHES], importance=OURS)),
     ("08 strength", "frontier", (), Steps([*MILD, *SEARCHES], importance=OURS)),
     ("09 ridge", "frontier", (), Steps([*MILD, *SEARCHES, Ridge()], importance=OURS)),
-    # GPTQ is added next: frontier Frontier
+    ("10 GPTQ", "frontier", (), Steps([*MILD, *SEARCHES, *CORRECTIONS], importance=OURS)),
+    # the rotation of the residual stream is added last: frontier Frontier
     ("11 bias", "frontier", (), Steps([*MILD, *SEARCHES, *CORRECTIONS, BiasCorrection()], importance=OURS)),
 )
-VARIANTS = {  # of frontier, for what else could be in its list
+VARIANTS = {  # of ablation/10, for what else could be in its list
     "choose softmax": Steps([*MILD, TensorSearch(), ChooseSoftmax(), SEARCHES[1], *CORRECTIONS], importance=OURS),
     "GPTAQ": Steps([*MILD, *SEARCHES, Ridge(), GPTQ(alpha=0.25)], importance=OURS),
 }
@@ -58,7 +59,7 @@ FRONTIER = "frontier Frontier"
 CASES = [
     *(Case("frontier", Frontier(), bits, bits, 32) for bits in (4, 3, 2, 5, 6, 7, 8)),
     *(Case("frontier", Frontier(), bits, bits, 128) for bits in (4, 3)),
-    *(Case("frontier", method, n, n, 32, f"frontier {what}") for n in (4, 3) for what, method in VARIANTS.items()),
+    *(Case("frontier", method, n, n, 32, f"ablation/10 {what}") for n in (4, 3) for what, method in VARIANTS.items()),
     *(Case(recipe, method, n, n, 32, f"ablation/{what}", rules)
       for n in (4, 3) for what, recipe, rules, method in ABLATION),
     *(Case(f"adalog{end}", adalog(), bits, bits, 32, f"adalog{end} AdaLog")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
     Block,
+    LayerScale,
     ParallelScalingBlock,
     ParallelThingsBlock,
     ResPostBlock,
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 
 from qat.errors import QatError
 from qat.models.attention import QuantHeads, raise_for_float_operands
+from qat.models.layers import QuantLayerNorm
 from qat.models.stream import PostNormBlock, TwoSumBlock
-from qat.models.tokens import QuantEmbedding, TokenFamily
-from qat.sites.family import family
+from qat.models.tokens import TOKENS, QuantEmbedding, TokenFamily
+from qat.sites.family import Stream, family
 from qat.sites.insert import SiteBuilder, swaps
+
+BRANCHES = {"attn.proj": "ls1", "mlp.fc2": "ls2"}  # of a block: the layer at the end of a branch, and its scale
 
 
 class QuantViTEmbedding(QuantEmbedding):
@@ -52,9 +56,49 @@ class ViTFamily(TokenFamily):
     attentions = (Attention,)
     roots = (QuantVisionTransformer, QuantVisionTransformerDistilled)
 
+    def stream(self, model: Any) -> Stream | None:
+        """That of a ViT whose branches begin with a LayerNorm, and end with a layer and nothing else."""
+        last = [name for name in ("norm", "fc_norm") if not isinstance(getattr(model, name), nn.Identity)]
+        heads = tuple(name for name in ("head", "head_dist") if hasattr(getattr(model, name, None), "weight"))
+        between = (model.norm_pre, model.patch_embed.norm)  # what may change the stream outside of blocks
+        pools = getattr(model, "attn_pool", None) is not None
+        if len(last) != 1 or not heads or pools or not all(isinstance(part, nn.Identity) for part in between):
+            return None
+        if not all(map(is_plain, model.blocks)) or not is_layer_norm(model.get_submodule(last[0])):
+            return None
+        names = [f"blocks.{i}" for i in range(len(model.blocks))]
+        reads = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
+        return Stream(
+            tuple(name for name in (*TOKENS, "pos_embed") if getattr(model, name, None) is not None),
+            ("patch_embed.proj", *(f"{name}.{layer}" for name in names for layer in BRANCHES)),
+            {
+                f"{name}.{layer}": f"{name}.{scale}.gamma"
+                for name in names
+                for layer, scale in BRANCHES.items()
+                if isinstance(model.get_submodule(f"{name}.{scale}"), LayerScale)
+            },
+            (*((f"{name}.{norm}", (f"{name}.{layer}",)) for name in names for norm, layer in reads), (last[0], heads)),
+        )
+
     def embed(self, model: VisionTransformer, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to what the first block reads (B, N, C)."""
         return cast(Tensor, model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))))
+
+
+def is_plain(block: Any) -> bool:
+    """Whether a block is two sums of the stream and what attention, or an MLP, makes of its LayerNorm."""
+    return (
+        type(block) in (Block, QuantBlock)
+        and type(block.mlp) is Mlp
+        and all(isinstance(scale, nn.Identity | LayerScale) for scale in (block.ls1, block.ls2))
+        and is_layer_norm(block.norm1)
+        and is_layer_norm(block.norm2)
+    )
+
+
+def is_layer_norm(norm: Any) -> bool:
+    """Whether a module is a LayerNorm with a scale and a shift for each channel."""
+    return isinstance(norm, nn.LayerNorm | QuantLayerNorm) and norm.weight is not None and norm.bias is not None
 
 
 @swaps(Block)

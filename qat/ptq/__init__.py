@@ -27,6 +27,7 @@ from qat.ptq.qdrop import QDrop
 from qat.ptq.reconstruction.reconstruct import Reconstruct
 from qat.ptq.repq_vit import Percentiles, RepQViT
 from qat.ptq.rotate_heads import RotateHeads
+from qat.ptq.rotate_residual import RotateResidual
 from qat.ptq.site_errors import site_errors
 from qat.ptq.step import Stage, Step
 from qat.ptq.steps import Preset, Steps
@@ -64,6 +65,7 @@ __all__ = [
     "RepQViT",
     "Ridge",
     "RotateHeads",
+    "RotateResidual",
     "SplitChannels",
     "Stage",
     "Step",

@@ -9,6 +9,7 @@ from typing import Annotated
 from qat.ptq.fold_norms import FoldNorms
 from qat.ptq.output_search import OutputSearch
 from qat.ptq.rotate_heads import RotateHeads
+from qat.ptq.rotate_residual import RotateResidual
 from qat.ptq.step import Step
 from qat.ptq.steps import Preset
 from qat.ptq.tensor_search import TensorSearch
@@ -21,6 +22,7 @@ IMPORTANCE = 0.25  # share by which tokens count by how much the float model's p
 def start(rounds: int = 2, rows: int = 6304) -> list[Step]:
     """What comes before weights are rounded, here and in every reconstruction."""
     return [
+        RotateResidual(optional=True),
         RotateHeads(optional=True),
         FoldNorms(optional=True, strength=None),
         TensorSearch(),

@@ -66,6 +66,9 @@ class Step(PTQMethod):
     def begin(self, work: Work) -> None:
         """Refuse, with QatError, a model or a recipe that the step cannot work on, before any work."""
 
+    def model(self, work: Work, images: Tensor) -> None:
+        """Do the work on the model as a whole, before that on its units; some normalized images are given."""
+
     def unit(self, here: UnitWork) -> None:
         """Do the work that concerns a unit as a whole, before that on its products."""
 
@@ -98,6 +101,8 @@ def run(
     tensors = list(batches)
     if not tensors:
         raise QatError(f"no calibration image reached {next(iter(work.wanted))!r}: raise calibration.images")
+    for step in steps:
+        step.model(work, tensors[0][:CHECKED])
     keeps_float = any(step.needs_float for step in steps)
     cache = method.cache or Cache()
     with switched_off(quantizer for _, quantizer in quantizers(model)):

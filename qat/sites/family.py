@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -57,6 +57,22 @@ class Unit(NamedTuple):
                 yield f"{name}.{inner}", parameter
 
 
+class Stream(NamedTuple):
+    """A residual stream (..., C) that nothing reads but LayerNorms, which linear layers with a bias read.
+
+    Args:
+        parameters: dotted names of what is added to the stream, (..., C) each.
+        writers: layers whose outputs are added to it.
+        scales: for some writers, the parameter (C,) that their output is multiplied by (LayerScale), by their names.
+        norms: each LayerNorm that reads it, with the layers that read the norm.
+    """
+
+    parameters: tuple[str, ...]
+    writers: tuple[str, ...]
+    scales: Mapping[str, str]
+    norms: tuple[tuple[str, tuple[str, ...]], ...]
+
+
 class Family(ABC):
     """A model family. A subclass has no state and is registered by `family`."""
 
@@ -70,6 +86,10 @@ class Family(ABC):
     def norm_links(self, model: Any) -> list[NormLink]:
         """The LayerNorms of a quantized model, in the order of the network."""
         raise QatError(f"{type(model).__name__} does not list its LayerNorms: choose another method or recipe")
+
+    def stream(self, model: Any) -> Stream | None:
+        """The residual stream of a float or quantized model; None where it is none, or not the only one."""
+        return None
 
     def units(self, model: Any) -> list[Unit]:
         """The quantized model as a chain: in evaluation mode, applying them in turn is applying the model.
