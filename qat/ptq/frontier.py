@@ -33,10 +33,10 @@ def start(rounds: int = 2, rows: int = 6304) -> list[Step]:
 
 @dataclass
 class Frontier(Preset):
-    """Fold of norms and rotation of heads, output search, ridge regression and GPTQ; fills any recipe, best `frontier`.
+    """Rotations, fold of norms, output search, ridge regression and GPTQ; fills any recipe, best `frontier`.
 
-    Norms are folded where their readers have Uniform with one step, heads are rotated where attention allows it; both
-    are left out elsewhere.
+    Norms are folded where their readers have Uniform with one step, heads and the residual stream are rotated where the
+    model allows it; these steps are left out elsewhere.
 
     Args:
         rounds: how often both operands of a product are searched.

@@ -1,8 +1,8 @@
 """GLF-Q (2026): units are reconstructed by what becomes of their output at the end of the network.
 
 The quantized output of a unit goes through the float units after it, and what the head reads is compared, beside the
-output itself. Weights and steps are trained through their rounding. The rotation of the residual stream and the
-reconstruction of MLPs are left out. Shapes: B images of a batch.
+output itself. Weights and steps are trained through their rounding. The reconstruction of
+MLPs is left out. Shapes: B images of a batch.
 """
 
 from __future__ import annotations

@@ -6,16 +6,17 @@ count alike, and 1 is as good as a constant. Shapes: B crops, C channels, in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
+from qat.ptq.rotate_residual import REPORT, rotate_residual
 from qat.ranges import Range, check_fields
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, switched_off
@@ -67,8 +68,31 @@ class FeatureLoss:
             names = options.modules if options.teacher_modules is None else options.teacher_modules
             self.teacher = modules_of(teacher, names, "model.features.teacher_modules")
         self.pairs = list(zip(options.modules, names, strict=True)) if options is not None else []
+        self._rotated = False
         self._seen: dict[str, Tensor] = {}  # of the student
         self._wanted: dict[str, Tensor] = {}  # of the teacher
+
+    def follow(self, calibration: Mapping[str, Any], teacher: nn.Module) -> None:
+        """Rotate the residual stream of the teacher where a calibration has rotated that of the student.
+
+        Args:
+            calibration: what it has told.
+            teacher: computes the same as before.
+
+        Raises:
+            QatError: this teacher cannot be rotated.
+        """
+        seed = calibration.get("report", {}).get(REPORT)
+        if seed is None or not self.pairs or self._rotated:
+            return
+        why = "model.features: the calibration has rotated the residual stream of the student, and that of the teacher"
+        if any(quantizers(teacher)):
+            raise QatError(f"{why} is quantized: take a teacher in floating point, or calibrate without RotateResidual")
+        try:
+            rotate_residual(teacher, seed)
+        except QatError as error:
+            raise QatError(f"{why} cannot follow: {error}; leave model.features out") from None
+        self._rotated = True
 
     @torch.no_grad()
     def check(self, student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], size: int) -> None:

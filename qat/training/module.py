@@ -173,6 +173,7 @@ class QATModule(L.LightningModule):
         monitors = [str(getattr(callback, "monitor", "")) for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
         self.is_monitored = any(name.startswith("train/") or name in self.rates() for name in monitors)
         for teacher in self.teacher:
+            self.features.follow(self.calibration, teacher.model)
             teacher.to(self.device)
 
     def on_train_start(self) -> None:

@@ -83,7 +83,8 @@ def test_the_recipe_has_logarithms_for_softmax_and_gelu_and_heads_of_their_own()
 def test_its_options_reach_its_steps():
     method = Frontier(rounds=4, rows=77, damping=0.7, importance=0.5)
     steps = {type(step).__name__: step for step in method.steps()}
-    assert list(steps) == ["RotateHeads", "FoldNorms", "TensorSearch", "OutputSearch", "Ridge", "GPTQ"]
+    names = ["RotateResidual", "RotateHeads", "FoldNorms", "TensorSearch", "OutputSearch", "Ridge", "GPTQ"]
+    assert list(steps) == names
     check_order(method.steps())
     assert (steps["OutputSearch"].rounds, steps["OutputSearch"].rows, steps["GPTQ"].damping) == (4, 77, 0.7)
     assert steps["RotateHeads"].optional

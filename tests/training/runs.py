@@ -20,8 +20,8 @@ ARCH = "deit_tiny_patch16_224"
 
 def tiny_module(**options: Any) -> QATModule:
     """A quantized model with three classes, not yet calibrated."""
-    bits = {"recipe": "vvtq", "w_bits": 3, "a_bits": 3}
-    return QATModule(ModelOptions(arch=ARCH, model_args=TINY, checkpoint=None, num_classes=3, **{**bits, **options}))
+    defaults = {"recipe": "vvtq", "w_bits": 3, "a_bits": 3, "checkpoint": None}
+    return QATModule(ModelOptions(arch=ARCH, model_args=TINY, num_classes=3, **{**defaults, **options}))
 
 
 def tiny_data(images: Path) -> ImageNetDataModule:

@@ -3,18 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
+from qat.callbacks import Calibrate
 from qat.checkpoint import Card
 from qat.errors import QatError
 from qat.models import build_float, default_preprocessing
+from qat.ptq import Frontier
+from qat.ptq.options import CalibrationOptions
+from qat.ptq.rotate_residual import REPORT
 from qat.sites.insert import quantizers
 from qat.training.features import FeatureLoss, FeatureOptions, relative_error
 from qat.training.module import QATModule
 from tests.conftest import TINY
-from tests.training.runs import ARCH, fit, tiny_module
+from tests.training.runs import ARCH, fit, tiny_data, tiny_module, tiny_trainer
 
 BLOCKS = ("blocks.0", "blocks.1")
 
@@ -123,3 +128,38 @@ def test_its_value_is_logged(teacher, images, tmp_path):
     module = tiny_module(features=FeatureOptions(BLOCKS), **teacher)
     trainer = fit(module, images, tmp_path, max_steps=2, log_every_n_steps=1)
     assert float(trainer.logged_metrics["train/features"]) > 0
+
+
+def frontier_run(teacher: dict[str, Any], images: Path, folder: Path, **options: Any) -> tuple[QATModule, L.Trainer]:
+    """A step with features, at 8 bits, from a calibration that rotates the residual stream."""
+    module = tiny_module(
+        recipe="frontier", w_bits=8, a_bits=8, features=FeatureOptions(BLOCKS), lr=1e-9, **teacher, **options
+    )
+    calibrate = Calibrate(CalibrationOptions(Frontier(rounds=1, rows=34), images=8, batch_size=8), folder)
+    callbacks = [] if options else [calibrate]
+    trainer = tiny_trainer(folder, callbacks, max_steps=1, log_every_n_steps=1)
+    trainer.fit(module, datamodule=tiny_data(images))
+    return module, trainer
+
+
+def test_a_teacher_follows_a_student_whose_residual_stream_is_rotated(teacher, images, tmp_path, fixed_images):
+    """Only with weights that are those of the teacher can features be almost equal."""
+    start = {"checkpoint": teacher["teacher_checkpoint"]}
+    plain = tiny_module(**teacher).teacher[0]
+    module, trainer = frontier_run({**teacher, **start}, images, tmp_path)
+    assert module.calibration["report"] == {REPORT: 0}
+    assert float(trainer.logged_metrics["train/features"]) < 0.01
+    with torch.no_grad():
+        torch.testing.assert_close(module.teacher[0](fixed_images), plain(fixed_images), rtol=1e-4, atol=1e-5)
+    again, trainer = frontier_run(teacher, images, tmp_path / "again", quant_checkpoint=tmp_path / "ptq.ckpt")
+    assert again.calibration["report"] == {REPORT: 0}
+    assert float(trainer.logged_metrics["train/features"]) < 0.01
+
+
+def test_a_teacher_that_cannot_follow_is_refused():
+    loss = FeatureLoss(FeatureOptions(["0"]), nn.Sequential(nn.Identity()), nn.Sequential(nn.Identity()))
+    loss.follow({}, nn.Sequential(nn.Identity()))
+    with pytest.raises(QatError, match="and that of the teacher cannot follow: Sequential is not a model family"):
+        loss.follow({"report": {REPORT: 0}}, nn.Sequential(nn.Identity()))
+    with pytest.raises(QatError, match="and that of the teacher is quantized: take a teacher in floating point"):
+        loss.follow({"report": {REPORT: 0}}, tiny_module().model)
