@@ -75,7 +75,8 @@ class Calibrate(L.Callback):
         seconds, count = time.perf_counter() - started, len(list(quantizers(module.model)))
         log.info("calibrated %d sites in %.1f s, peak memory %.0f MB", count, seconds, memory.megabytes)
         errors = site_errors(module.model, self._read(module, datamodule, min(self.images, MEASURED)))
-        module.calibration = self._results(seconds, memory.megabytes, errors)
+        held_out = {"held_out": datamodule.options.held_out} if datamodule.options.held_out else {}
+        module.calibration = self._results(seconds, memory.megabytes, errors) | held_out
         if self.folder is not None:
             trainer.save_checkpoint(self.folder / CALIBRATED, weights_only=True)
             if trainer.is_global_zero:
@@ -101,7 +102,8 @@ class Calibrate(L.Callback):
         card = {name: value for name, value in module.card.to_dict().items() if name != "rules"}
         what = {
             "method": repr(self.method), "images": self.images, "batch_size": self.batch_size, "seed": self.seed,
-            "place": datamodule.calibration_place, "weights": digest(module.model), **card,
+            "place": datamodule.calibration_place, "data.held_out": datamodule.options.held_out,
+            "weights": digest(module.model), **card,
             "recipe": sha256(repr(module.card.rules).encode()).hexdigest(),
         }  # fmt: skip
         store = self.method.store = UnitStore(self.folder / UNITS, what)

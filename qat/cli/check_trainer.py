@@ -82,17 +82,35 @@ def check_trainer(trainer: Any, verb: str = "fit", metrics: Sequence[str] = ()) 
 
 def check_run(trainer: Any, datamodule: Any, verb: str) -> None:
     """Compare limits and intervals of a trainer that is built with the number of batches; see `check_lengths`."""
+    option = "limit_predict_batches" if verb == "predict" else "limit_val_batches"
+    limit = getattr(trainer, option)
     if verb == "fit":
         passes = 1 if trainer.max_epochs == -1 else trainer.max_epochs
         check_lengths(trainer, datamodule.batches_per_pass(trainer.world_size, passes))
-    option = "limit_predict_batches" if verb == "predict" else "limit_val_batches"
+        check_held_out(limit, datamodule.options.held_out, datamodule.val_batch_size, trainer.world_size)
     images = datamodule.predict_dataloader if verb == "predict" else datamodule.val_dataloader
-    limit = getattr(trainer, option)
     if not isinstance(limit, float) or not 0 < limit < 1:
         return  # a calibration that is not evaluated has no validation images to count
     batches = ceil(len(images()) / trainer.world_size)
     if int(batches * limit) == 0:
         raise QatError(f"trainer.{option} is {limit}: of {batches} batches none is left")
+
+
+def check_held_out(limit: float | None, images: int, batch_size: int, processes: int) -> None:
+    """Raise QatError where a process would have no held-out image, or a limit would leave some of them out."""
+    if not images:
+        return
+    if images < processes:
+        raise QatError(
+            f"data.held_out is {images}, and there are {processes} processes: hold out one for each, at least"
+        )
+    batches = ceil(ceil(images / processes) / batch_size)
+    left = batches if limit is None else limit if isinstance(limit, int) else int(batches * limit)
+    if left < batches:
+        raise QatError(
+            f"trainer.limit_val_batches is {limit}, and data.held_out has {batches} batches, by all of which the best "
+            "checkpoint is chosen: leave one of the two options out"
+        )
 
 
 def check_lengths(trainer: Any, batches: list[int]) -> None:

@@ -115,7 +115,10 @@ def after_calibration(
         yield command("predict", ckpt=ckpt, data_images=PHOTOS, output="predictions.csv")
     else:
         yield command("validate", ckpt=ckpt, data_root=root if has_val else IMAGES)
-    yield command("fit", *model, model_quant_checkpoint=ckpt, data_root=root if root and has_val else IMAGES)
+    options = {"model_quant_checkpoint": ckpt, "data_root": root if root and has_val else IMAGES}
+    if "held_out" in calibration:
+        options["data_held_out"] = calibration["held_out"]
+    yield command("fit", *model, **options)
 
 
 def _worst_sites(calibration: Mapping[str, Any], count: int) -> Iterator[str]:

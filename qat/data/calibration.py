@@ -28,6 +28,8 @@ def calibration_loader(
         QatError: there are fewer images.
     """
     if images > (most := len(source)):
-        raise QatError(f"calibration.images is {images}: {source.source.place} has {most}, choose 1..{most}")
+        held_out = len(source.source) - most
+        but = f", and data.held_out takes {held_out} more" if held_out else ""
+        raise QatError(f"calibration.images is {images}: {source.source.place} has {most}{but}, choose 1..{most}")
     chosen = rng_for(seed, 0, 0).permutation(most)[:images]
     return load(source, workers, batch_sampler=ResumableBatchSampler(chosen, batch_size))

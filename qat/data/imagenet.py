@@ -128,8 +128,12 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def _trained(self) -> Indices:
         """The images that are trained on: all, or those of an unfinished store that have labels."""
-        used = self._parts.used
-        return used if self.store is None else np.intersect1d(used, np.flatnonzero(self.store.done))
+        if self.store is None:
+            return self._parts.used
+        found = np.intersect1d(self._parts.used, np.flatnonzero(self.store.done))
+        if not len(found):
+            raise QatError(f"data.held_out is {self.options.held_out}, and all images with soft labels are among them")
+        return found
 
     def setup(self, stage: str) -> None:
         """Check the folders that the stage reads, the preprocessing and the batch size; QatError if one is unusable."""
@@ -183,10 +187,17 @@ class ImageNetDataModule(L.LightningDataModule):
         """Everything that decides which images and crops are in which batch of a pass."""
         sizes = {"batch_size": self.batch_size, "crops": self._crops(epoch), "processes": self._rank()[1]}
         images = {"images": len(self._trained()), LIST: self.tree.source("train").listed}
-        return sizes | {"seed": self.seed, **images, "soft labels": str(self.store)}
+        held_out = {"held_out": self.options.held_out}
+        return sizes | {"seed": self.seed, **held_out, **images, "soft labels": str(self.store)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: `passes` continue those that were made, and the loader of the pass skips what is finished."""
+        then, now = state_dict.get("held_out", 0), self.options.held_out
+        if state_dict and then != now:
+            raise QatError(
+                f"data.held_out is {now}, but the run has held out {then} images and was trained on others: resume "
+                "with that number"
+            )
         self._resumed = state_dict
 
     def teardown(self, stage: str) -> None:
@@ -212,8 +223,7 @@ class ImageNetDataModule(L.LightningDataModule):
     @property
     def calibration_place(self) -> list[str]:
         """Where the images of a calibration come from, and what becomes of broken ones."""
-        place = (self.options.root, self._calibration_folder, self.options.on_bad_image, self.options.held_out)
-        return [str(part) for part in place]
+        return [str(part) for part in (self.options.root, self._calibration_folder, self.options.on_bad_image)]
 
     def calibration_batches(self, images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Batches uint8 (b, 3, S, S) of the evaluation transform, of images that `calibration_loader` chooses."""

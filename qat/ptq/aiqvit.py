@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from qat.errors import QatError
 from qat.ptq.channel_steps import FoldChannels, SplitChannels
 from qat.ptq.fold_norms import FoldNorms
 from qat.ptq.frontier import IMPORTANCE, start
@@ -55,6 +56,13 @@ class AIQViT(ReconstructionOptions, Preset):
     curriculum: Curriculum | None = field(default_factory=Curriculum)
 
     importance = IMPORTANCE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode == "side" and self.fold == "after":
+            raise QatError(
+                "AIQViT: with mode side, layers stay in floating point, and fold after would round them anew"
+            )
 
     def steps(self) -> Sequence[Step]:
         """The start, then the reconstruction, and a further stage before or after it."""

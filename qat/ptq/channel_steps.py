@@ -15,6 +15,7 @@ from qat.ptq.channel_ranges import fit_channels, to_common_range
 from qat.ptq.fold_norms import common, input_site, per_channel, raise_unless_foldable, sites_of
 from qat.ptq.norms import fold, unit_unchanged
 from qat.ptq.step import Stage, Step
+from qat.ptq.tensor_search import fit
 from qat.ptq.unit_work import UnitWork
 from qat.ptq.work import Work
 from qat.quantizers import Layout
@@ -26,8 +27,6 @@ from qat.sites.family import NormLink, family_of
 class SplitChannels(Step):
     """Every layer that reads a LayerNorm gets an input quantizer with a step for each channel, which stays as it is.
 
-    `FoldChannels` has to come later in the list.
-
     Args:
         samples: values of each channel.
     """
@@ -35,6 +34,7 @@ class SplitChannels(Step):
     samples: Annotated[int, Range(1, 1_000_000_000)] = 2048
 
     stage = Stage.INITIALIZE
+    comes_before = "FoldChannels"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -42,7 +42,7 @@ class SplitChannels(Step):
     def begin(self, work: Work) -> None:
         """Refuse readers that have no Uniform with a single step."""
         found = [link for link in family_of(work.model).norm_links(work.model) if link.readers]
-        raise_unless_foldable(work.model, found)
+        raise_unless_foldable(work.model, found, "SplitChannels")
         self._links = [link for link in found if work.is_open(sites_of(link))]
 
     def unit(self, here: UnitWork) -> None:
@@ -62,10 +62,11 @@ class SplitChannels(Step):
 
 @dataclass
 class FoldChannels(Step):
-    """Steps of channels become one, and norms and weights make up for it."""
+    """Steps of channels become one, norms and weights make up for it, and these weights get new ranges."""
 
     stage = Stage.RECONSTRUCT
     changes_weights = True
+    comes_after = "SplitChannels"
 
     def finish(self, here: UnitWork) -> None:
         """Fold the norms of a unit whose readers have steps of channels."""
@@ -76,12 +77,16 @@ class FoldChannels(Step):
             step, zero = [common(channels, input_site(here.model, reader)) for reader in link.readers][-1]
             with unit_unchanged(here.unit, here.inputs[0][:1], here.off):
                 fold(here.model, link, *to_common_range(channels, step, zero, strength=1))
+            for site in here.wanted_weights():
+                if site.name.removesuffix(".weight_quant") in link.readers:
+                    fit(site.quantizer, site.quantizer.grouped(site.weight.detach().float()), levels=1)
 
 
 def split_links(here: UnitWork) -> Iterator[NormLink]:
     """The norms whose readers, in a unit, have a step for each channel."""
     inside = tuple(f"{name}." for name in here.unit.modules)
     for link in family_of(here.model).norm_links(here.model):
-        reader = link.readers[0] if link.readers else ""
-        if f"{reader}.".startswith(inside) and input_site(here.model, reader).layout.groups > 1:
-            yield link
+        if link.readers and f"{link.readers[0]}.".startswith(inside):
+            name = f"{link.readers[0]}.input_quant"
+            if name in here.work.recipe and name not in here.work.wanted:  # `SplitChannels` has taken it
+                yield link

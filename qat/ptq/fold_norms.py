@@ -95,11 +95,11 @@ def foldable(model: nn.Module, link: NormLink) -> bool:
     return all(isinstance(q, Quantizer) and q.spec.per_channel() is not None and q.layout.groups == 1 for q in sites)
 
 
-def raise_unless_foldable(model: nn.Module, links: Sequence[NormLink]) -> None:
-    """Raise QatError where there is no norm to fold, or a reader has no quantizer that allows it."""
+def raise_unless_foldable(model: nn.Module, links: Sequence[NormLink], step: str = "FoldNorms") -> None:
+    """Raise QatError where a step has no norm to fold, or a reader has no quantizer that allows it."""
     if not links:
         raise QatError(
-            "FoldNorms rewrites LayerNorms that linear layers read, and this model has none (an RmsNorm has no bias "
+            f"{step} rewrites LayerNorms that linear layers read, and this model has none (an RmsNorm has no bias "
             "to rewrite): choose another method of calibration"
         )
     for link in links:
@@ -108,7 +108,7 @@ def raise_unless_foldable(model: nn.Module, links: Sequence[NormLink]) -> None:
             site = model.get_submodule(name)
             have = f"has {site.spec}" if isinstance(site, Quantizer) else "stays in floating point"
             raise QatError(
-                f"FoldNorms needs Uniform, granularity tensor, at {name!r}, which {have}: take the recipe repq_vit or "
+                f"{step} needs Uniform, granularity tensor, at {name!r}, which {have}: take the recipe repq_vit or "
                 "frontier, or another method"
             )
 

@@ -51,12 +51,15 @@ class Step(PTQMethod):
         needs_quantized: it reads what quantized units give, so that ``prefix: float`` is refused.
         needs_logits: it reads the logits of the float model.
         ticks: into how many parts its progress on a unit is divided.
+        comes_after, comes_before: the name of another step without which a list makes no sense.
     """
 
     needs_float = False
     needs_quantized = False
     needs_logits = False
     ticks = 0
+    comes_after = ""
+    comes_before = ""
 
     @property
     @abstractmethod
@@ -92,6 +95,7 @@ def run(
     Raises:
         QatError: a step refuses the model, a rewrite has changed what a unit computes, or no image reaches a site.
     """
+    check_partners(steps)
     units = family_of(model).units(model)  # QatError, before any work, where the family is no chain
     work = Work.of(model, method)
     for step in steps:
@@ -143,6 +147,16 @@ def float_logits(model: nn.Module, units: Sequence[Unit], batches: Iterable[Tens
                 x = unit.run(x)
             found.append(x)
     return found
+
+
+def check_partners(steps: Sequence[Step]) -> None:
+    """Raise QatError for a step without the one that has to come before, or after, it."""
+    names = [type(step).__name__ for step in steps]
+    for i, step in enumerate(steps):
+        if step.comes_after and step.comes_after not in names[:i]:
+            raise QatError(f"{names[i]} needs {step.comes_after} before it in the list of steps")
+        if step.comes_before and step.comes_before not in names[i + 1 :]:
+            raise QatError(f"{names[i]} needs {step.comes_before} after it in the list of steps")
 
 
 def _apply(steps: Sequence[Step], here: UnitWork) -> None:

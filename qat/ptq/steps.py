@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qat.errors import QatError
 from qat.ptq.base import PTQMethod
-from qat.ptq.step import Step, run
+from qat.ptq.step import Step, check_partners, run
 from qat.ptq.work import Prefix
 from qat.ranges import Range, check_fields
 
@@ -53,6 +53,7 @@ class Steps(Preset):
     def __post_init__(self) -> None:
         check_fields(self)
         check_order(self.list)
+        check_partners(self.list)
         for step in self.list if self.prefix == "float" else ():
             if step.needs_quantized:
                 raise QatError(f"Steps: {type(step).__name__} reads what quantized units give: leave prefix: float out")

@@ -71,7 +71,7 @@ def unfinished_folder(resume: Path, runs: Path, name: str) -> Path:
     folder = max(found, key=_age) if found else parent
     if not any((folder / UNITS).glob("*.pt")):
         raise QatError(
-            f"--resume: {folder} has no calibration that was killed after its first unit; to start one, leave it out"
+            f"--resume: {folder} keeps nothing that a killed calibration could go on from; to start one, leave it out"
         )
     return folder
 

@@ -82,6 +82,12 @@ class HeldOutMetrics(nn.Module):
         self.distance.update(distance)
         self.agreement.update(100.0 * (logits.argmax(-1) == labels))
 
+    @property
+    def images(self) -> Tensor:
+        """How many this process has added."""
+        count: Tensor = self.distance.weight
+        return count
+
     def take(self) -> dict[str, Tensor]:
         """Their values by the names in the log; they begin anew."""
         found = dict(zip(self.names, (self.distance.compute(), self.agreement.compute()), strict=True))

@@ -5,6 +5,7 @@ Shapes: B crops in a step, C classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,8 @@ from qat.training.regularizers import named
 from qat.training.schedules import cosine_with_warmup
 from qat.training.student import build_student
 from qat.training.teacher import Teacher, build_teacher
+
+log = logging.getLogger(__name__)
 
 
 class QATModule(L.LightningModule):
@@ -172,9 +175,17 @@ class QATModule(L.LightningModule):
         self.finite, self.logs_at_batch_end = FiniteCheck(), False
         monitors = [str(getattr(callback, "monitor", "")) for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
         self.is_monitored = any(name.startswith("train/") or name in self.rates() for name in monitors)
+        self.warn_of_images_seen()
         for teacher in self.teacher:
             self.features.follow(self.calibration, teacher.model)
             teacher.to(self.device)
+
+    def warn_of_images_seen(self) -> None:
+        """Say that the calibration may have seen images that are held out now."""
+        options = getattr(self.trainer.datamodule, "options", None)  # type: ignore[attr-defined]
+        now, then = getattr(options, "held_out", 0), self.calibration.get("held_out", 0)
+        if now and now != then and self.calibration and self.global_step == 0:
+            log.warning("data.held_out is %d, and the model was calibrated with %d: it may have seen them", now, then)
 
     def on_train_start(self) -> None:
         """Let the options of the run win over those that a checkpoint has restored: its length, and the optimizer's."""
@@ -210,6 +221,8 @@ class QATModule(L.LightningModule):
         for name, value in self.validation.take().items():
             self.log(name, value, prog_bar=name != "val/top5")
         if len(self.trainer.num_val_batches) > 1:
+            if not torch.as_tensor(self.all_gather(self.held_out.images)).sum():
+                raise QatError("not a single held-out image could be read, so no checkpoint can be chosen")
             self.log_dict(self.held_out.take())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from qat.callbacks import Calibrate
 from qat.cli.main import main, run
+from qat.data.held_out import put_aside
+from qat.data.splits import find_source
 from tests.cli.runs import assert_same, entries, run_until
 from tests.cli.test_commands import fails
 
@@ -60,8 +64,53 @@ def test_a_calibration_spares_them(config: Path, tmp_path: Path, capsys: pytest.
     args = ["calibrate", "--config", str(config), "--runs", str(tmp_path), "--validate", "false"]
     line = fails(capsys, *args, "--data.held_out", "20")
     assert "calibration.images is 8" in line
-    assert "has 4, choose 1..4" in line
+    assert "has 4, and data.held_out takes 20 more, choose 1..4" in line
+    capsys.readouterr()
     assert main([*args, "--data.held_out", "16"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" --data.held_out 16"), "the command that comes next"
+
+
+def test_a_training_says_when_its_calibration_has_seen_them(
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = ["--config", str(config), "--runs", str(tmp_path)]
+    assert main(["calibrate", *runs, "--validate", "false", "--data.held_out", "6"]) == 0
+    start = ["--model.quant_checkpoint", str(next(tmp_path.glob("*/*/ptq.ckpt"))), "--trainer.max_steps", "1"]
+    run(["fit", *runs, *start, "--data.held_out", "6"])
+    assert "may have seen" not in caplog.text
+    run(["fit", *runs, *start, "--data.held_out", "9"])
+    assert "data.held_out is 9, and the model was calibrated with 6: it may have seen them" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trainer.limit_val_batches", "0.5"], "data.held_out has 2 batches, by all of which"),
+        (["--trainer.limit_val_batches", "0"], "trainer.limit_val_batches is 0, and data.held_out has 2 batches"),
+        (["--trainer.devices", "13", "--data.val_batch_size", "8"], "data.held_out is 12, and there are 13 processes"),
+    ],
+)
+def test_every_held_out_image_is_used(
+    words: list[str], message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Said before the calibration."""
+    monkeypatch.setattr(Calibrate, "setup", lambda *args: pytest.fail("the model was calibrated"))
+    args = ["fit", "--config", str(config), "--runs", str(tmp_path), "--data.held_out", "12"]
+    assert message in fails(capsys, *args, *words)
+
+
+def test_held_out_images_that_cannot_be_read_choose_nothing(
+    config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    source = find_source(root, "train")
+    for index in put_aside(24, 2).held_out:
+        Path(str(source.path(int(index)))).write_text("<html>")
+    args = ["fit", "--config", str(config), "--runs", str(tmp_path / "runs"), "--data.root", str(root)]
+    line = fails(capsys, *args, "--data.held_out", "2", "--data.on_bad_image", "skip")
+    assert "not a single held-out image could be read, so no checkpoint can be chosen" in line
 
 
 def test_what_puts_none_aside(config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

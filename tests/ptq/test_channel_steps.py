@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor
 
 from qat.errors import QatError
 from qat.ptq import AIQViT, Steps, TensorSearch
 from qat.ptq.channel_steps import FoldChannels, SplitChannels
+from qat.ptq.fold_norms import FoldNorms
 from qat.ptq.is_vit import FitWeights
 from qat.ptq.step import Stage, Step
 from qat.ptq.unit_work import UnitWork
-from qat.quantizers import LSQ
+from qat.quantizers import LSQ, Uniform
 from qat.recipe import Rule, build_recipe
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, switched_off
@@ -60,7 +62,44 @@ def test_the_recipe_is_what_it_was(name, fold):
     assert all(q.calibrated for _, q in quantizers(model))
 
 
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([SplitChannels(), TensorSearch()], "SplitChannels needs FoldChannels after it in the list of steps"),
+        ([TensorSearch(), FoldChannels()], "FoldChannels needs SplitChannels before it in the list of steps"),
+    ],
+)
+def test_one_without_the_other_is_refused(steps, message):
+    with pytest.raises(QatError, match=message):
+        Steps(steps)
+    with pytest.raises(QatError, match=r"FoldChannels needs SplitChannels before it"):
+        FoldChannels()(tiny("deit", *AIQ), batches())
+
+
+def test_channels_of_the_recipe_stay():
+    rules = [*AIQ, Rule("blocks.0.attn.proj.input_quant", Uniform(3, granularity="channel"))]
+    model = tiny("deit", *rules)
+    Steps([SplitChannels(), TensorSearch(), FoldChannels()])(model, batches())
+    assert model.get_submodule("blocks.0.attn.proj.input_quant").layout.groups == 24
+    assert model.get_submodule("blocks.0.attn.qkv.input_quant").layout.groups == 1
+
+
+def test_folded_weights_get_new_ranges():
+    """Those that they have after a fold at once."""
+    model, other = tiny("deit", *AIQ), tiny("deit", *AIQ)
+    Steps([SplitChannels(), TensorSearch(), FoldChannels()])(model, batches())
+    Steps([FoldNorms(), TensorSearch()])(other, batches())
+    for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc1"):
+        step, expected = (m.get_submodule(f"{name}.weight_quant").step for m in (model, other))
+        torch.testing.assert_close(step, expected, rtol=1e-3, atol=0)
+
+
+def test_a_layer_at_the_side_is_not_rounded_again():
+    with pytest.raises(QatError, match="AIQViT: with mode side, "):
+        AIQViT(mode="side", fold="after")
+
+
 def test_readers_without_uniform_are_refused():
     rules = [*AIQ, Rule("*.attn.qkv.input_quant", LSQ(3))]
-    with pytest.raises(QatError, match=r"needs Uniform, granularity tensor, at .*qkv.input_quant"):
+    with pytest.raises(QatError, match=r"SplitChannels needs Uniform, granularity tensor, at .*qkv.input_quant"):
         Steps([SplitChannels(), TensorSearch(), FoldChannels()])(tiny("deit", *rules), batches())

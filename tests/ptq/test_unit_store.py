@@ -136,6 +136,35 @@ def test_a_search_of_ranks_that_has_ended_is_not_repeated(tmp_path, monkeypatch)
     assert len(searched) == len(family_of(model_of(recipe)).units(model_of(recipe)))
 
 
+def test_a_search_of_ranks_is_kept_before_the_training_that_follows(tmp_path, monkeypatch):
+    recipe, method = METHODS["AIQViT"]
+    expected = run(method, recipe, None)
+
+    def stop(self, *args) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(method, recipe, tmp_path)
+    units: list[int] = []
+    monkeypatch.setattr(LowRank, "prepare", noted(LowRank.prepare, units))
+    found = run(method, recipe, tmp_path)
+    count = len(family_of(model_of(recipe)).units(model_of(recipe)))
+    assert len(units) == count - 1, "the first unit is not searched again"
+    assert all(torch.equal(value, found.state_dict()[key]) for key, value in expected.state_dict().items())
+
+
+def noted(prepare, units):
+    """The same, which notes every call."""
+
+    def prepare_and_note(self, sites, *args) -> None:
+        units.append(len(sites))
+        prepare(self, sites, *args)
+
+    return prepare_and_note
+
+
 def test_another_calibration_is_refused(tmp_path):
     _, method = METHODS["Frontier"]
     store = UnitStore(tmp_path, {"method": repr(method), "seed": 0})

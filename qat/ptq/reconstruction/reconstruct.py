@@ -139,9 +139,14 @@ class Reconstruct(ReconstructionOptions, Step):
         key, store = f"{here.trainings} {self!r}", here.work.method.store
         if store is not None and (state := store.state(key)) is not None:
             rule.restore(state["prepared"])
+            for generator, drawn_before in zip((self._generator, self._drops), state["generators"], strict=True):
+                generator.set_state(drawn_before)
         else:
             with parameters_kept(activations.values()):  # what is prepared moves them
                 rule.prepare(sites, train, self._generator)
+            if store is not None and rule.ticks:
+                drawn = [generator.get_state() for generator in (self._generator, self._drops)]
+                store.save_state(key, {"prepared": rule.prepared(), "generators": drawn})
         started = {site.name: rule.start(site, self._generator) for site in sites}
         learned = {name: weight for name, weight in started.items() if weight is not None}
         with train(learned) as training:

@@ -111,7 +111,7 @@ class Training:
         order = schedule.curriculum
         ranking = None if order is None else Ranking(order, T, self.images, self.losses)
         every, store, first = ceil(T / schedule.checks), self.data.here.work.method.store, 0
-        if store is not None and (state := store.state(key)) is not None:
+        if store is not None and "t" in (state := store.state(key) or {}):
             first, best, kept = self._go_on(state, adam, draws, ranking)
         else:
             self._first_value()
