@@ -49,7 +49,8 @@ class TensorSearch(Step):
 
 def fit(quantizer: Quantizer, samples: Tensor, levels: int) -> None:
     """Choose parameters by the squared error of samples (G, n), or by `init_from` where there is nothing to try."""
-    space = None if quantizer.reads_integers else space_of(quantizer, samples)
+    keeps_start = quantizer.reads_integers or quantizer.replaces_softmax  # it gives something else than its input
+    space = None if keeps_start else space_of(quantizer, samples)
     if space is None:
         quantizer.init_from(samples)
         return

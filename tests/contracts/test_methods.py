@@ -120,6 +120,7 @@ CASES = [
     Case(Frontier(rounds=1, rows=ROWS), "vvtq", 4, ("vit", "swin", "sret")),
     Case(Steps([TensorSearch(), ChooseSoftmax(rows=ROWS), GPTQ(), BiasCorrection()], importance=0.5), "frontier", 4,
          ("vit", "sret")),
+    Case(TensorSearch(), "fq_vit_884", 4, ("vit",)),
     Case(Steps([FoldNorms(), TensorSearch()], prefix="float"), "uniform", 4, ("vit",)),
     Case(Steps([RotateHeads(), TensorSearch()]), "uniform", 4, ("vit",)),
     *(Case(step, "uniform", 4, ("vit",)) for step in

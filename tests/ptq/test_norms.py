@@ -148,3 +148,19 @@ def test_an_integer_norm_refuses_what_is_no_whole_number_of_steps(spec, found):
     rules = [{"match": "blocks.0.attn_residual_quant", "spec": spec}]
     with pytest.raises(QatError, match=rf"'blocks.0.norm2.output_quant': IntegerNorm reads whole numbers.*{found}"):
         quantize(float_model("deit"), build_recipe("fq_vit_888", rules, w_bits=8, a_bits=8))
+
+
+def test_a_unit_that_gives_zeros_is_unchanged_while_it_does():
+    """A head that starts at zero."""
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    with torch.no_grad(), unit_unchanged(Unit("head", layer), torch.ones(1, 3), []):
+        pass
+    with torch.no_grad(), pytest.raises(QatError, match="a rewrite changed the float model: what head computes"):
+        change(layer)
+
+
+def change(layer: nn.Linear) -> None:
+    with unit_unchanged(Unit("head", layer), torch.ones(1, 3), []):
+        layer.bias.fill_(1e-3)
