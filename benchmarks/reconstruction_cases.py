@@ -36,6 +36,7 @@ def methods(iterations: int) -> Iterator[tuple[str, str, PTQMethod]]:
     yield "PD-Quant", "frontier", PDQuant(**rounding)
     yield "GLF", "frontier", GLFQ(**short)
     yield "I&S", "is_vit", ISViT(**short)
+    yield "I&S, fold between", "is_vit", ISViT(**short, fold="between")
     few: dict[str, Any] = {**short, "lr": 2e-4, "search": RankSearch(iterations=max(1, iterations // 3))}
     yield "AIQViT", "aiqvit", AIQViT(**few)
     yield "AIQViT slow", "aiqvit", AIQViT(**{**few, "lr": 4e-5})

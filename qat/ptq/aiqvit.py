@@ -17,8 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from qat.errors import QatError
-from qat.ptq.channel_steps import FoldChannels, SplitChannels
-from qat.ptq.fold_norms import FoldNorms
+from qat.ptq.channel_steps import FoldChannels, folded_later
 from qat.ptq.frontier import IMPORTANCE, start
 from qat.ptq.is_vit import FitWeights, FloatWeights
 from qat.ptq.reconstruction.curriculum import Curriculum
@@ -68,9 +67,7 @@ class AIQViT(ReconstructionOptions, Preset):
         """The start, then the reconstruction, and a further stage before or after it."""
         if self.fold == "before":
             return [*start(), self._stage(self.iterations)]
-        split = [SplitChannels() if isinstance(step, FoldNorms) else step for step in start()]
-        split.sort(key=lambda step: step.stage)
-        folded = [FoldChannels(), FitWeights()]
+        split, folded = folded_later(start()), [FoldChannels(), FitWeights()]
         if self.fold == "between":
             first = replace(self._stage(self.more), weights=FloatWeights(self.lr), input="float", curriculum=None)
             return [*split, first, *folded, self._stage(self.iterations)]

@@ -7,12 +7,12 @@ the same before and after; weights change, so that those that have been rounded 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from qat.ptq.channel_ranges import fit_channels, to_common_range
-from qat.ptq.fold_norms import common, input_site, per_channel, raise_unless_foldable, sites_of
+from qat.ptq.fold_norms import FoldNorms, common, input_site, per_channel, raise_unless_foldable, sites_of
 from qat.ptq.norms import fold, unit_unchanged
 from qat.ptq.step import Stage, Step
 from qat.ptq.tensor_search import fit
@@ -80,6 +80,12 @@ class FoldChannels(Step):
             for site in here.wanted_weights():
                 if site.name.removesuffix(".weight_quant") in link.readers:
                     fit(site.quantizer, site.quantizer.grouped(site.weight.detach().float()), levels=1)
+
+
+def folded_later(steps: Sequence[Step]) -> list[Step]:
+    """The steps with `SplitChannels` in the place of `FoldNorms`; `FoldChannels` has to follow them."""
+    found = [SplitChannels() if isinstance(step, FoldNorms) else step for step in steps]
+    return sorted(found, key=lambda step: step.stage)
 
 
 def split_links(here: UnitWork) -> Iterator[NormLink]:

@@ -1,19 +1,20 @@
 """I&S-ViT (Zhong et al. 2023, arXiv 2311.10126): weights move to where they can be rounded, in two stages.
 
 First, weights are trained in floating point while activations are quantized; then, with new ranges, through their
-rounding. In the paper, outputs of norms have a step for each channel in the first stage, and norms are folded after it.
-Here they are folded before: the codes of such an activation are the same either way, only Adam's steps differ.
+rounding. In the paper, outputs of norms have a step for each channel in the first stage, and norms are folded after it
+(``fold: between``). The codes of such an activation are the same when they are folded before, only Adam's steps differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from qat.ptq.channel_steps import FoldChannels, folded_later
 from qat.ptq.frontier import IMPORTANCE, start
 from qat.ptq.reconstruction.learned_weights import LearnedWeight
 from qat.ptq.reconstruction.losses import MSE
@@ -34,6 +35,7 @@ class ISViT(ReconstructionOptions, Preset):
     Args:
         iterations: of each stage, for each unit.
         lr: learning rate of weights.
+        fold: when norms are folded.
     """
 
     iterations: Annotated[int, Range(1, 10_000_000)] = 1000
@@ -41,6 +43,7 @@ class ISViT(ReconstructionOptions, Preset):
     step_lr: Annotated[float, Range(low=0, high=1)] = 0.0
     interval_lr: Annotated[float, Range(low=0, high=1)] = 0.0
     lr: Annotated[float, Range(above=0, high=1)] = 4e-5
+    fold: Literal["before", "between"] = "before"
 
     importance = IMPORTANCE
 
@@ -49,6 +52,8 @@ class ISViT(ReconstructionOptions, Preset):
         options = options_of(self, ReconstructionOptions)
         first = Reconstruct(weights=FloatWeights(self.lr), input="float", head_loss=MSE(), **options)
         second = Reconstruct(weights=StraightThrough(self.lr), head_loss=MSE(), **options)
+        if self.fold == "between":
+            return [*folded_later(start()), first, FoldChannels(), FitWeights(), second]
         return [*start(), first, FitWeights(), second]
 
 

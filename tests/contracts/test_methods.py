@@ -135,6 +135,7 @@ CASES = [
     Case(AIQViT(**SHORT, search=RankSearch([2, 4], iterations=3)), "aiqvit", 4, ("vit", "swin")),
     Case(AIQViT(**SHORT, rank=2, fold="after", more=2), "aiqvit", 4, ("sret",)),
     Case(ISViT(**SHORT), "is_vit", 4, ("vit", "sret")),
+    Case(ISViT(**SHORT, fold="between"), "is_vit", 4, ("swin",)),
 ]  # fmt: skip
 PAIRS = [(case, name) for case in CASES for name in case.models]
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
