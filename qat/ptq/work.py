@@ -30,29 +30,33 @@ class Work:
         model: in evaluation mode.
         wanted: the sites that it fills, by name: those that were not calibrated when it began.
         method: gets what there is to report.
-        recipe: what the recipe says of these sites.
         reached: names of the activation sites that an image has reached so far.
         importance: how much the rows of the output of every layer matter; empty where no step asks.
         importance_share: by which share rows count by it; they count alike for the rest.
         logits: those of the float model (B, classes), for every batch; empty where no step asks.
         progress: counts ticks: one for every unit, and those of `Step.ticks`.
+
+    Attributes:
+        recipe: what the recipe says of the wanted sites, whatever is put in their place.
     """
 
     model: nn.Module
     wanted: dict[str, Quantizer]
     method: PTQMethod
-    recipe: dict[str, Spec]
     reached: set[str] = field(default_factory=set)
     importance: Importance = field(default_factory=dict)
     importance_share: float = 0.0
     logits: list[Tensor] = field(default_factory=list)
     progress: Progress = field(default_factory=lambda: Progress("units", 1, shown=False))
 
+    def __post_init__(self) -> None:
+        self.recipe: dict[str, Spec] = {name: quantizer.spec for name, quantizer in self.wanted.items()}
+
     @classmethod
     def of(cls, model: nn.Module, method: PTQMethod) -> Work:
         """The work on all sites that are not calibrated."""
         wanted = {name: q for name, q in quantizers(model) if not q.calibrated}
-        return cls(model, wanted, method, {name: q.spec for name, q in wanted.items()})
+        return cls(model, wanted, method)
 
     def is_open(self, names: Iterable[str]) -> bool:
         """Whether all of these sites, but for those in floating point, are still to be calibrated."""

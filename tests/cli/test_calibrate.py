@@ -254,7 +254,7 @@ def test_a_calibration_that_was_stopped_goes_on(word, recipe, images, tmp_path, 
     assert contents[0].keys() == contents[1].keys()
     assert all(torch.equal(value, contents[1][name]) for name, value in contents[0].items())
     assert main([*words, "--name", "stopped", *again]) == 2
-    assert "no calibration that was killed after its first unit" in capsys.readouterr().err
+    assert "keeps nothing that a killed calibration could go on from" in capsys.readouterr().err
 
 
 @pytest.fixture
