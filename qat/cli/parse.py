@@ -38,7 +38,7 @@ NO_CLASS_YET = re.compile(r"NestedArg\(key='([^']+)'")
 OTHERS = re.compile(" - (?:Problem with given|Not a valid subclass)")
 AFTER_VALUE = re.compile(" - Expected| Subclass types")
 VALUE = re.compile(r"(?:Got value|Given value): (.*)$")
-MANY = 60  # classes that are not listed any more
+MANY = 40  # classes that are not listed any more
 IMPORTS = "qat_imports"  # attribute of a parser: what the command line that it has read may import
 LONGEST = 300  # characters of a message that is not understood
 

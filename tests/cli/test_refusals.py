@@ -115,8 +115,8 @@ FIT = """
 --calibration.batch_size -1                 | calibration.batch_size is -1
 --calibration.seed -1                       | calibration.seed is -1
 --model.features.modules [blocks.0] --model.teacher null | model.features needs a teacher that sees the same crops
---calibration.method NoSuch                 | no such class can be used here; choose from
---calibration.method os.path.join           | no such class can be used here; choose from
+--calibration.method NoSuch                 | no such class can be used here
+--calibration.method os.path.join           | no such class can be used here
 --calibration.method.samples 3              | calibration.method.samples is given, but calibration.method is not
 --calibration.method Observe --calibration.method.observer foo | Observe.observer is foo: give minmax, ema
 --calibration.method Observe --calibration.method.samples 0 | Observe: samples is 0
