@@ -81,6 +81,7 @@ PUBLISHED_FLOAT = 72.21
 PUBLISHED = {  # top-1 of DeiT-Tiny on all of ImageNet's validation images, by name without the number of images
     "adalog_released AdaLog W4A4": 63.52, "adalog_released AdaLog W3A3": 31.56, "adalog_released AdaLog W6A6": 71.38,
     "ptq4vit_released PTQ4ViT W4A4": 36.96, "apq_vit APQViT W4A4": 47.94,
+    "ptq4vit_released PTQ4ViT W6A6": 69.68, "apq_vit APQViT W6A6": 70.49,
     "repq_vit_released RepQViT W4A4": 57.43, "repq_vit_released RepQViT W6A6": 70.76,
     "repq_vit_released RepQViT W3A3": 0.97,
     "bitlog2_single_16_released RepQViT W4A4": 57.27, "bitlog2_single_17_released RepQViT W4A4": 57.10,
