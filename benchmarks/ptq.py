@@ -46,7 +46,6 @@ from qat.runs.process import keep_freed_memory
 from qat.sites.describe import summary
 
 BATCH = 50
-ROUNDS = 2  # repeats of the comparison with the float model
 HELD_SEED = 2_000_000_000  # no seed of a calibration
 
 
@@ -115,7 +114,7 @@ def run(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         seconds = timed(lambda: case.method(model, calibration), device)
     few = images.ready(known["val"][: BATCH * 2])
     ratios = [
-        timed(partial(model, x), device) / timed(partial(float_model, x), device) for _ in range(ROUNDS) for x in few
+        timed(partial(model, x), device) / timed(partial(float_model, x), device) for _ in range(args.rounds) for x in few
     ]
     hits = images.logits(model, known["val"]).argmax(1) == known["labels"]
     float_hits = known["float_val"].argmax(1) == known["labels"]
@@ -123,7 +122,7 @@ def run(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         "arch": args.arch, "case": case.name, "seed": seed, "device": args.device,
         "machine": device_name() if args.device == "cuda" else f"CPU, {cores()} cores", "torch": torch.__version__,
         "threads": args.threads, "jobs": args.jobs, "seconds": seconds, "megabytes": memory.megabytes,
-        "ratio": median(ratios), "top1": 100 * hits.float().mean().item(), "images": len(hits),
+        "ratio": median(ratios) if ratios else None, "top1": 100 * hits.float().mean().item(), "images": len(hits),
         "hits": bits_of(hits.tolist()), "float_hits": bits_of(float_hits.tolist()),
         **distance(images, model, known, pixels), "levels": summary(model), "method": repr(case.method),
         "report": dict(case.method.report),
@@ -196,6 +195,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="cases that run at a time")
     parser.add_argument("--threads", type=int, help="of each; the cores are shared by the jobs when not given")
+    parser.add_argument("--rounds", type=int, default=2, help="of timing evaluation against float; 0 beside other work")
     parser.add_argument("--table", action="store_true", help="only show the results so far")
     parser.add_argument("--against", help="name of a case that the others are compared with, image by image")
     parser.add_argument("--markdown", action="store_true", help="show the results as markdown")

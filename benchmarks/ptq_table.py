@@ -79,6 +79,7 @@ def _line(name: str, same: list[Row], others: list[Row] | None) -> list[str]:
     spread = f" ± {stdev(top1):.1f}" if len(top1) > 1 else ""
     published = PUBLISHED.get(name.rpartition(" ")[0]) if same[0]["arch"].startswith("deit_tiny") else None
     held = [row for row in same if row["held"]]
+    ratios = [row["ratio"] for row in same if row["ratio"] is not None]
     ways = dict.fromkeys(f"{row['device']} x {row['jobs']}, threads {row['threads']}" for row in same)
     more = sorted({part.split()[0] for part in same[0]["levels"].split("with ")[1:]})
     return [
@@ -87,7 +88,7 @@ def _line(name: str, same: list[Row], others: list[Row] | None) -> list[str]:
         "" if published is None else f"{published - PUBLISHED_FLOAT:+.2f} ({published:.2f})",
         f"{mean(row['agreement'] for row in held):.1f}" if held else "",
         f"{mean(row['kl'] for row in held):.3f}" if held else "",
-        f"{median(row['seconds'] for row in same):.1f}", f"{median(row['ratio'] for row in same):.2f}",
+        f"{median(row['seconds'] for row in same):.1f}", f"{median(ratios):.2f}" if ratios else "",
         f"{max(row['megabytes'] for row in same):.0f}", "; ".join(ways),
         ", ".join(more),
     ]  # fmt: skip
