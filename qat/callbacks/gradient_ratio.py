@@ -38,7 +38,7 @@ class GradientRatio(L.Callback):
 
 def gradient_ratios(module: QATModule) -> dict[str, float]:
     """The ratio of each active regularizer, by name; ``.grad`` must hold the sum of the gradients of all losses."""
-    parts = {name: _gradients(penalty, module.model) for name, penalty in module.penalties()}
+    parts = {name: _gradients(penalty, module.model) for name, penalty in module.penalties.at(module.progress)}
     if not parts:
         return {}
     main = {p: p.grad.float() for part in parts.values() for p in part if p.grad is not None}

@@ -87,7 +87,7 @@ def _quantized(site: Any, x: Tensor) -> Tensor:
     """A tensor as a quantizer of this kind makes it, with its own best range; itself at a site in floating point."""
     if not isinstance(site, Quantizer):
         return x
-    trial = site.spec.build(site.layout).to(x.device)
+    trial: Quantizer = site.spec.build(site.layout).to(x.device)
     fit(trial, trial.grouped(x), levels=0)
     found: Tensor = trial(x)
     return found

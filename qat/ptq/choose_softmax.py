@@ -79,7 +79,7 @@ class ChooseSoftmax(Step):
         errors: dict[str, float] = {}
         tried: dict[str, Quantizer] = {}
         for spec in candidates(old.spec, self.kinds):
-            quantizer = spec.build(old.layout).to(old.step.device)
+            quantizer: Quantizer = spec.build(old.layout).to(old.step.device)
             rows = drawn(torch.cat([quantizer.grouped(x) for x in probs], dim=1), SAMPLES, axis=1)
             quantizer.init_from(rows)
             left = Operand(quantizer, probs, matrices.left, matrices.axes[0], space_of(quantizer, rows))

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from qat.ptq.search import Ranges, percentiles
 from qat.quantizers import Quantizer
+from qat.quantizers.quantizer import MIN_RANGE
 from qat.quantizers.space import Space, Table
-from qat.quantizers.spec import MIN_RANGE, Spec
+from qat.quantizers.spec import Spec
 
 CANDIDATES = 128  # points of the first grid
 SHIFTS = 16  # the most points of one width

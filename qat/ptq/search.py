@@ -74,7 +74,7 @@ def _errors(trial: Quantizer, samples: Tensor, power: float, columns: int) -> Te
 
 def range_errors(quantizer: Quantizer, samples: Tensor, low: Tensor, high: Tensor, power: float = 2.0) -> Tensor:
     """The errors (K, G) of the ranges low..high (K, G), by `Spec.search_grid` of the quantizer."""
-    grid = quantizer.spec.search_grid.build(quantizer.layout).to(samples.device)
+    grid: Quantizer = quantizer.spec.search_grid.build(quantizer.layout).to(samples.device)
     return errors(grid, samples, grid.from_range(low, high), power)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from math import ceil
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qat.ptq.cache import Cache
 from qat.ptq.layer_work import LayerWork
 from qat.ptq.matrix_products import MatrixProduct
+from qat.ptq.original_weights import OriginalWeights
 from qat.ptq.work import SAMPLES, Prefix, Work, with_ends
 from qat.quantizers import Quantizer
 from qat.sites.family import Unit, family_of
@@ -53,7 +54,7 @@ class UnitWork:
         self._cache, self._sizes = cache or Cache(), [len(x) for x in inputs]
         self.trainings = 0  # of the unit, so far
         self._layers: dict[str, LayerWork] = {}
-        self._originals: dict[str, tuple[Any, Tensor, Tensor | None]] = {}
+        self.originals = OriginalWeights()
         sites = [name for product in products for name in product.activations]
         self.visits = self._count({name: self.model.get_submodule(name) for name in dict.fromkeys(sites)})
         order = {name: i for i, name in enumerate(self.visits)}
@@ -111,7 +112,7 @@ class UnitWork:
             if quantized and self.prefix == "quantized":
                 found = self._watch(sites, x)
             else:
-                with switched_off(self.off), self._original_weights():
+                with switched_off(self.off), self.originals.restored():
                     found = self._watch(sites, x)
             yield found  # outside: whoever reads it calls sites and layers as they are
 
@@ -120,7 +121,7 @@ class UnitWork:
         assert self.float_inputs is not None, "a step that reads the float model sets needs_float"
         sites = {name: self.model.get_submodule(name) for name in names}
         for x in self.float_inputs:
-            with switched_off(self.off), self._original_weights():
+            with switched_off(self.off), self.originals.restored():
                 found = self._watch(sites, x)
             yield found
 
@@ -194,38 +195,13 @@ class UnitWork:
         elif self.prefix == "quantized":
             return
         for product in self.products:
-            if product.matrices.weight is not None:
-                layer: Any = self.model.get_submodule(product.right.rpartition(".")[0])
-                kept = [None if x is None else x.detach().clone() for x in (layer.weight, layer.bias)]
-                self._originals[product.left] = (layer, *kept)
-
-    @contextmanager
-    def _original_weights(self) -> Iterator[None]:
-        before = [
-            (tensor, kept)
-            for layer, *pair in self._originals.values()
-            for tensor, kept in zip((layer.weight, layer.bias), pair, strict=True)
-            if kept is not None
-        ]
-        now = [(tensor, tensor.data) for tensor, _ in before]
-        for tensor, kept in before:
-            tensor.data = kept
-        try:
-            yield
-        finally:
-            for tensor, kept in now:
-                tensor.data = kept
-
-    def original(self, product: MatrixProduct) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias of a layer, before steps changed them."""
-        _, weight, bias = self._originals[product.left]
-        return weight, bias
+            self.originals.keep(self.model, product)
 
     def outputs(self) -> Sequence[Tensor]:
         """What the unit gives to the next one."""
         if self.prefix == "quantized":
             return self._cache.keep(map(self.unit.run, self.inputs), self._sizes)
-        with switched_off(self.off), self._original_weights():
+        with switched_off(self.off), self.originals.restored():
             return self._cache.keep(map(self.unit.run, self.inputs), self._sizes)
 
     @torch.no_grad()

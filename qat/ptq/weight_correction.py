@@ -146,7 +146,7 @@ class BiasCorrection(Step):
         layer = here.layer(product)
         if layer is None or layer.layer.bias is None:
             return
-        matrix, (weight, bias) = product.matrices.right, here.original(product)
+        matrix, (weight, bias) = product.matrices.right, here.originals.of(product)
         rounded = matrix(layer.quantizer(layer.layer.weight.float()))
         now = layer.layer.bias.detach()
         assert bias is not None

@@ -9,8 +9,9 @@ from qat.quantizers.log_int_softmax import LogIntSoftmax, LogIntSoftmaxQuantizer
 from qat.quantizers.logarithmic import LogSqrt2, LogSqrt2Quantizer
 from qat.quantizers.lsq import LSQ, LSQQuantizer
 from qat.quantizers.ptf import PTF, PTFQuantizer
-from qat.quantizers.recompute import recompute_operands
-from qat.quantizers.spec import Quantizer, Spec
+from qat.quantizers.quantizer import Quantizer
+from qat.quantizers.recompute import operands_kept, recompute_operands
+from qat.quantizers.spec import Spec
 from qat.quantizers.sulq import SULQ, SULQQuantizer
 from qat.quantizers.twin_gelu import TwinGelu, TwinGeluQuantizer
 from qat.quantizers.twin_softmax import TwinSoftmax, TwinSoftmaxQuantizer
@@ -46,5 +47,6 @@ __all__ = [
     "Uniform",
     "UniformQuantizer",
     "folded_bias",
+    "operands_kept",
     "recompute_operands",
 ]

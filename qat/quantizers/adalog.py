@@ -27,8 +27,9 @@ from qat.quantizers.adalog_tables import LEAST, MOST, PARTS, Tables, cells, mant
 from qat.quantizers.candidates import TableSpace, least_error, thinned
 from qat.quantizers.layout import Layout
 from qat.quantizers.pieces import pieces
+from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Space, Table
-from qat.quantizers.spec import MIN_STEP, Quantizer, Spec
+from qat.quantizers.spec import Spec
 
 Zero = Literal["last", "extra"]
 MAX_ADALOG_BITS = 8

@@ -25,7 +25,8 @@ from qat.errors import QatError
 from qat.quantizers import kernels
 from qat.quantizers.blocks import blocks
 from qat.quantizers.layout import Layout
-from qat.quantizers.spec import Quantizer, Spec
+from qat.quantizers.quantizer import Quantizer
+from qat.quantizers.spec import Spec
 
 Form = Literal["single", "half"]
 MAX_BITLOG_BITS = 4

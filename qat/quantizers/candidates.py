@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.space import Space, Table
-from qat.quantizers.spec import Quantizer
 
 FIT_VALUES = 2**18  # samples that choose parameters, of all groups together
 AT_ONCE = 8  # candidates

@@ -30,8 +30,9 @@ from qat.errors import QatError
 from qat.quantizers.candidates import TableSpace, least_error, thinned
 from qat.quantizers.layout import Layout
 from qat.quantizers.lsq import FakeQuantize
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.space import Space, Table
-from qat.quantizers.spec import Quantizer, Spec
+from qat.quantizers.spec import Spec
 
 NARROWEST = 1e-3  # of an interval, which is one of probabilities
 STARTS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # quantiles that are tried as a, beside 0

@@ -31,8 +31,9 @@ from qat.quantizers.blocks import row_blocks
 from qat.quantizers.integer_exp import MAX_SHIFT, Exp
 from qat.quantizers.integers import rounded_log2, rounded_power_
 from qat.quantizers.layout import Layout
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.space import Table
-from qat.quantizers.spec import Quantizer, Spec
+from qat.quantizers.spec import Spec
 from qat.quantizers.uniform import Uniform
 
 SoftmaxZero = Literal["last", "extra", "none"]

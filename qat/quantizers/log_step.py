@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.space import Table
-from qat.quantizers.spec import Quantizer
 
 
 class LogStep(Quantizer):

@@ -30,8 +30,9 @@ from qat.quantizers import kernels
 from qat.quantizers.blocks import blocks
 from qat.quantizers.integers import FIELDS
 from qat.quantizers.layout import Layout
+from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Table
-from qat.quantizers.spec import MIN_STEP, Quantizer, Spec
+from qat.quantizers.spec import Spec
 
 LogZero = Literal["last", "extra", "rounded"]
 MAX_LOG_BITS = 8  # the smallest value is step * 2**-127 already: float32 has nothing below

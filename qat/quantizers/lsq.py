@@ -26,8 +26,9 @@ from qat.quantizers import fitting, kernels
 from qat.quantizers.kernels import Bound, Kernels
 from qat.quantizers.layout import Affine, Layout
 from qat.quantizers.log_step import LogStep
+from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Table
-from qat.quantizers.spec import MIN_STEP, Quantizer, Spec
+from qat.quantizers.spec import Spec
 
 GradScale = Literal["l1", "numel", "vvtq_act", "none"]
 Init = Literal["mse", "lsq", "lsq_plus", "percentile"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from qat.quantizers.spec import Quantizer
+from qat.quantizers.quantizer import Quantizer
 
 
 class Projection:

@@ -20,7 +20,8 @@ from qat.errors import QatError
 from qat.quantizers import kernels
 from qat.quantizers.layout import Affine, Granularity, Layout
 from qat.quantizers.lsq import FakeQuantize
-from qat.quantizers.spec import MIN_RANGE, MIN_STEP, Quantizer, Spec
+from qat.quantizers.quantizer import MIN_RANGE, MIN_STEP, Quantizer
+from qat.quantizers.spec import Spec
 
 PTFZeroPoint = Literal["code", "clipped"]
 MAX_FACTORS = 7

@@ -7,15 +7,18 @@ autocast to bfloat16. Quantized weights are kept: their size does not grow with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers.spec import Quantizer
+from qat.quantizers.quantizer import Quantizer
 
 SiteInput = tuple[nn.Module, Tensor]  # a site and the tensor that goes through it
+_keeps = ContextVar("keeps", default=False)  # whether operands are kept after all
 
 
 class Recomputed(NamedTuple):
@@ -29,10 +32,20 @@ class Recomputed(NamedTuple):
     stride: tuple[int, ...]
 
 
+@contextmanager
+def operands_kept() -> Iterator[None]:
+    """Keep all operands inside the block: for a graph of a single unit, where time is short and memory is not."""
+    token = _keeps.set(True)
+    try:
+        yield
+    finally:
+        _keeps.reset(token)
+
+
 def recompute_operands(op: Callable[..., Tensor], *operands: SiteInput) -> Tensor:
     """``op`` of the quantized operands, none of which is kept for backward if it can be computed again."""
     quantized = [site(x) for site, x in operands]
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _keeps.get():
         return op(*quantized)
     device = quantized[0].device.type
     if torch.is_autocast_enabled(device):  # the product would cast too, but here the result is known by its address

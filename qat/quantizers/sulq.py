@@ -29,8 +29,9 @@ from qat.quantizers.candidates import TableSpace, least_error, thinned
 from qat.quantizers.kernels import wide
 from qat.quantizers.layout import Layout
 from qat.quantizers.pieces import pieces
+from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Space, Table
-from qat.quantizers.spec import MIN_STEP, Quantizer, Spec
+from qat.quantizers.spec import Spec
 
 TINY = torch.finfo(torch.float32).tiny
 SHIFTS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)  # eta, as in the released code

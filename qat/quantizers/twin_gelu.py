@@ -27,8 +27,9 @@ from qat.quantizers.candidates import TableSpace
 from qat.quantizers.kernels import scaled, wide
 from qat.quantizers.layout import Layout
 from qat.quantizers.pieces import pieces
+from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Space, Table
-from qat.quantizers.spec import MIN_STEP, Quantizer, Spec
+from qat.quantizers.spec import Spec
 
 Ratio = Literal["power", "free"]
 DEPTH = 0.16997124703522  # minus the least value of GELU, as released

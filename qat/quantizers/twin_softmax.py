@@ -32,8 +32,9 @@ from qat.quantizers.candidates import TableSpace, least_error
 from qat.quantizers.kernels import scaled, wide
 from qat.quantizers.layout import Layout
 from qat.quantizers.pieces import pieces
+from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.space import Space, Table
-from qat.quantizers.spec import Quantizer, Spec
+from qat.quantizers.spec import Spec
 
 SPLITS = 20  # exponents m from 0 to 19
 

@@ -20,8 +20,9 @@ from qat.quantizers.kernels import Bound
 from qat.quantizers.layout import Affine, Layout
 from qat.quantizers.log_step import LogStep
 from qat.quantizers.lsq import FakeQuantize
+from qat.quantizers.quantizer import MIN_RANGE, MIN_STEP, Quantizer
 from qat.quantizers.space import Table
-from qat.quantizers.spec import MIN_RANGE, MIN_STEP, Quantizer, Spec
+from qat.quantizers.spec import Spec
 
 NARROW = 2**-10  # of the larger end: a range that is narrower is almost a point
 ZeroPoint = Literal["integer", "code", "clipped", "fractional", "none"]

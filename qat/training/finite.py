@@ -1,8 +1,9 @@
-"""A check for losses that are not finite, without making the host wait for the device."""
+"""Checks for numbers that are not finite: losses, without making the host wait for the device, and weights."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ class FiniteCheck:
 
     Reading a value from a GPU would wait for everything that was launched before it. So the losses are copied in the
     background, and each call looks only at the copies that have arrived. A checkpoint is safe all the same:
-    `QATModule` refuses to save weights that are not finite.
+    `check_weights` refuses to save weights that are not finite.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,14 @@ class FiniteCheck:
     def _look_at_the_first(self) -> None:
         copy = self.copies.popleft()
         _raise_unless_finite(copy.loss, copy.place)
+
+
+def check_weights(state: Mapping[str, Tensor], step: int) -> None:
+    """Raise QatError rather than let a checkpoint of step ``step`` hold weights that are not finite."""
+    finite = torch.stack([torch.isfinite(value).all() for value in state.values()]).tolist()  # fetched once
+    for name, is_finite in zip(state, finite, strict=True):
+        if not is_finite:
+            raise QatError(f"{name} is not finite at step {step}; the last good checkpoint is kept")
 
 
 def _raise_unless_finite(loss: Tensor, place: str) -> None:

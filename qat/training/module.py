@@ -24,15 +24,15 @@ from qat.errors import QatError
 from qat.models import param_groups, regroup
 from qat.preprocessing import Preprocessing
 from qat.quantizers.projection import Projection
-from qat.sites.insert import WeightSite, quantizers, raise_for_uncalibrated
+from qat.sites.insert import quantizers, raise_for_uncalibrated
 from qat.training.features import FeatureLoss, as_float
-from qat.training.finite import FiniteCheck
+from qat.training.finite import FiniteCheck, check_weights
 from qat.training.length import total_steps
-from qat.training.losses import cross_entropy, entropy
+from qat.training.losses import cross_entropy
 from qat.training.metrics import HeldOutMetrics, ValidationMetrics
 from qat.training.options import ModelOptions
 from qat.training.records import Prediction, StepRecord
-from qat.training.regularizers import named
+from qat.training.regularizers.penalties import Penalties
 from qat.training.schedules import cosine_with_warmup
 from qat.training.student import build_student
 from qat.training.teacher import Teacher, build_teacher
@@ -54,8 +54,7 @@ class QATModule(L.LightningModule):
         self.total = 0  # optimizer steps of the run
         self.undivided = False  # one group beside the steps, to resume an older run without decay to the bit
         self.run_options: dict[str, Any] = {}  # kept in the checkpoint; the command line fills it
-        self.regularizers = named(options.regularizers or [])
-        self.regularized = self.choose_weights()  # QatError, before training, when a regularizer matches none
+        self.penalties = Penalties(options.regularizers or [], self.model)
         outputs = self.card.num_classes
         # In a tuple, so that it is no submodule: a teacher has no place in the checkpoint or the optimizer.
         self.teacher: tuple[Teacher, ...] = ()
@@ -86,7 +85,7 @@ class QATModule(L.LightningModule):
             logits = self(batch.images)
         loss = cross_entropy(logits, batch.labels if labels is None else labels)
         self.finite.check(loss, f"step {self.global_step} (epoch {self.current_epoch})")
-        penalties = self.features.take() | dict(self.penalties())
+        penalties = self.features.take() | dict(self.penalties.at(self.progress))
         detached = {name: penalty.detach() for name, penalty in penalties.items()}
         self.record = StepRecord(loss.detach(), labels, detached, self.rates(), len(batch.images), self.is_due())
         if self.record.due and not self.logs_at_batch_end:
@@ -101,14 +100,10 @@ class QATModule(L.LightningModule):
     def log_record(self) -> None:
         """Log losses, averaged over processes, and learning rates of the last batch."""
         assert self.record is not None
-        (loss, labels, penalties, rates, crops, _), self.record = self.record, None
-        losses = {"train/loss": loss}
-        if labels is not None:
-            floor = entropy(labels, self.card.num_classes)
-            losses |= {"train/label_entropy": floor, "train/kl": loss - floor}
-        self.log_dict(losses, batch_size=crops, sync_dist=True)
-        self.log_dict({f"train/{name}": penalty for name, penalty in penalties.items()}, batch_size=crops)
-        self.log_dict(rates)
+        record, self.record = self.record, None
+        self.log_dict(record.losses(self.card.num_classes), batch_size=record.crops, sync_dist=True)
+        self.log_dict({f"train/{name}": loss for name, loss in record.penalties.items()}, batch_size=record.crops)
+        self.log_dict(record.rates)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log a step after which a callback ends the run: Lightning writes its metrics too.
@@ -130,16 +125,6 @@ class QATModule(L.LightningModule):
         """The learning rates of weights and of steps."""
         first, *_, last = self.trainer.optimizers[0].param_groups
         return {"lr": first["lr"], "step_lr": last["lr"]}
-
-    def choose_weights(self) -> dict[str, list[WeightSite]]:
-        """The weights of each regularizer, by its name."""
-        return {name: regularizer.choose(self.model) for name, regularizer in self.regularizers.items()}
-
-    def penalties(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and weighted loss of every regularizer whose weight is above zero by now; others are not computed."""
-        for name, regularizer in self.regularizers.items():
-            if weight := regularizer.weight_at(self.progress):
-                yield name, weight * regularizer.penalty(self.regularized[name])
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
         """The buffers that a weight average can average: integers, such as the index of Swin, would be rounded down."""
@@ -171,7 +156,7 @@ class QATModule(L.LightningModule):
         """Raise QatError where calibration was forgotten; move the teacher to the device."""
         raise_for_uncalibrated(self.model)
         self.project = Projection(quantizer for _, quantizer in quantizers(self.model))
-        self.regularized = self.choose_weights()  # loading may have replaced parameters
+        self.penalties.choose(self.model)  # loading may have replaced parameters
         self.finite, self.logs_at_batch_end = FiniteCheck(), False
         monitors = [str(getattr(callback, "monitor", "")) for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
         self.is_monitored = any(name.startswith("train/") or name in self.rates() for name in monitors)
@@ -246,11 +231,7 @@ class QATModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add card and options; QatError rather than overwrite a good checkpoint with weights that are not finite."""
-        state = self.model.state_dict()
-        finite = torch.stack([torch.isfinite(value).all() for value in state.values()]).tolist()  # fetched once
-        for name, is_finite in zip(state, finite, strict=True):
-            if not is_finite:
-                raise QatError(f"{name} is not finite at step {self.global_step}; the last good checkpoint is kept")
+        check_weights(self.model.state_dict(), self.global_step)
         # Errors of sites are those of the calibrated model: training changes them.
         kept = {key: value for key, value in self.calibration.items() if key != "snr_db" or self.global_step == 0}
         checkpoint[KEY] = self.card.to_dict() | {"options": self.run_options, "calibration": kept}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from qat.data.images import TopK
+from qat.training.losses import entropy
 
 
 class Prediction(NamedTuple):
@@ -26,3 +27,11 @@ class StepRecord(NamedTuple):
     rates: dict[str, float]
     crops: int
     due: bool  # Lightning writes the metrics of this step
+
+    def losses(self, classes: int) -> dict[str, Tensor]:
+        """The loss by its name in the log; with soft labels, also what a perfect student would have, and the rest."""
+        losses = {"train/loss": self.loss}
+        if self.soft_labels is not None:
+            floor = entropy(self.soft_labels, classes)
+            losses |= {"train/label_entropy": floor, "train/kl": self.loss - floor}
+        return losses

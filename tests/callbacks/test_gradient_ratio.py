@@ -26,8 +26,8 @@ def cli(config: Path, tmp_path_factory: pytest.TempPathFactory) -> QatCLI:
 def test_ratio_of_norms(cli: QatCLI, fixed_images: torch.Tensor) -> None:
     module = cli.model
     module.total = 2 * module.global_step  # in the middle of the ramp
-    losses = {"main": module(fixed_images).square().mean(), **dict(module.penalties())}
-    weights = [site.weight for site in next(iter(module.regularizers.values())).choose(module.model)]
+    losses = {"main": module(fixed_images).square().mean(), **dict(module.penalties.at(module.progress))}
+    weights = [site.weight for site in next(iter(module.penalties.regularizers.values())).choose(module.model)]
     norms = {}
     for name, loss in losses.items():
         grads = torch.autograd.grad(loss, weights, retain_graph=True)
@@ -42,7 +42,7 @@ def test_ratio_of_norms(cli: QatCLI, fixed_images: torch.Tensor) -> None:
 
 def test_nothing_is_computed_before_the_ramp(cli: QatCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     module = cli.model
-    for regularizer in module.regularizers.values():
+    for regularizer in module.penalties.regularizers.values():
         monkeypatch.setattr(regularizer, "start", 0.99)
         monkeypatch.setattr(type(regularizer), "penalty", None)  # a call would fail
     module.total = 2 * module.global_step

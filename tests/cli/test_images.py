@@ -164,7 +164,7 @@ def test_soft_labels_of_a_tar_are_those_of_its_folder_and_can_be_trained_on(imag
     options = ["--data.root", str(tmp_path), "--data.softlabels", str(softlabels), "--trainer.max_steps", "1"]
     cli = run(["fit", "--config", str(config), "--runs", str(tmp_path / "runs"), *options])
     assert cli.trainer.global_step == 1
-    assert isinstance(cli.datamodule.store, SoftLabels)
+    assert isinstance(cli.datamodule.sets.store, SoftLabels)
 
 
 def test_turned_images_and_soft_labels_contradict_each_other(images, config, softlabels, capsys):

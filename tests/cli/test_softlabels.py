@@ -89,7 +89,7 @@ def test_a_partly_built_store_is_used_when_asked_for(
     broken.write_bytes(good)  # for calibration
     cli = run([*words, "--data.softlabels_partial", "true"])
     assert cli.datamodule.batches_per_pass() == [6, 3]
-    assert len(cli.datamodule._trained()) == 23
+    assert len(cli.datamodule.sets.trained()) == 23
     assert not SoftLabels(out).done.all()
 
 

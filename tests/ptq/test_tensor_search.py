@@ -7,7 +7,8 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.ptq.tensor_search import LEAST, TensorSearch, fit, spread_out
 from qat.quantizers import AdaLog, BitLog2, Layout, LogSqrt2, Uniform
-from qat.quantizers.spec import Quantizer, Spec
+from qat.quantizers.quantizer import Quantizer
+from qat.quantizers.spec import Spec
 from qat.recipe import build_recipe
 from qat.sites.family import family_of
 from qat.sites.hooks import watching

@@ -84,7 +84,7 @@ def test_the_float_model_is_that_before_weights_were_corrected():
     assert_equal(list(here.float_watched(SITES)), expected)
     assert all(torch.equal(x, y) for x, y in zip(here.float_outputs, outputs, strict=True))
     assert product.left == "blocks.1.attn.qkv.input_quant"
-    assert all(torch.equal(x, y) for x, y in zip(here.original(product), kept, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(here.originals.of(product), kept, strict=True))
     assert torch.equal(qkv.weight, kept[0] + 1)
 
 

@@ -13,7 +13,7 @@ from qat.errors import QatError
 from qat.quantizers import AdaLog, AdaLogQuantizer, folded_bias
 from qat.quantizers.adalog import SHIFT
 from qat.quantizers.layout import Layout
-from qat.quantizers.spec import MIN_STEP
+from qat.quantizers.quantizer import MIN_STEP
 
 WHOLE = Layout(axis=0, groups=1, batched=True)
 BASES = range(10, 138)

@@ -5,7 +5,7 @@ import torch
 
 from qat.errors import QatError
 from qat.quantizers import LSQ, Layout, Quantizer, Uniform
-from qat.quantizers.spec import MIN_STEP
+from qat.quantizers.quantizer import MIN_STEP
 
 SPECS = [LSQ(4), Uniform(4)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from qat.quantizers import LSQ, LSQQuantizer, Quantizer, Spec, blocks, recompute_operands
+from qat.quantizers import LSQ, LSQQuantizer, Quantizer, Spec, blocks, operands_kept, recompute_operands
 from qat.quantizers.layout import Layout
 from qat.sites.insert import FloatSite
 
@@ -152,3 +153,14 @@ def test_outputs_that_are_computed_in_blocks_come_back_the_same(monkeypatch: pyt
         recompute_operands(F.linear, (first, x), (second, weight)).square().sum().backward()
         found.append([x.grad, weight.grad, first.step.grad, second.step.grad])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_operands_can_be_kept_after_all_with_the_same_gradients() -> None:
+    found, bytes_kept = [], []
+    for block in (nullcontext(), operands_kept()):
+        x, weight, first, second = leaf(64, 50, 80), leaf(60, 80), site(True), site(False)
+        with block:
+            bytes_kept.append(kept(F.linear, recompute_operands, (first, x), (second, weight)))
+        found.append([x.grad, weight.grad, first.step.grad, second.step.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert bytes_kept[1] - bytes_kept[0] == pytest.approx(4 * x.numel(), abs=1000)

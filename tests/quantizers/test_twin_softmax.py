@@ -7,7 +7,7 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.quantizers import TwinSoftmax, TwinSoftmaxQuantizer
 from qat.quantizers.layout import Layout
-from qat.quantizers.spec import MIN_STEP
+from qat.quantizers.quantizer import MIN_STEP
 
 WHOLE = Layout(axis=0, groups=1, batched=True)
 X = [1.0, 0.9, 0.5, 0.2, 0.06, 0.0312, 0.03, 0.01, 0.004, 0.001, 0.0002, 0.0]

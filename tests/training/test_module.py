@@ -14,7 +14,7 @@ import torch
 from qat.cli import run as command
 from qat.errors import QatError
 from qat.runs.metrics import MetricsFile
-from qat.training import module as training
+from qat.training import records
 from qat.training.module import QATModule
 from qat.training.regularizers import BinRegularizer
 from tests.training.runs import fit, tiny_module
@@ -81,7 +81,7 @@ def test_the_entropy_of_labels_is_computed_in_logged_steps_only(
 ) -> None:
     calls = []
     monkeypatch.setattr(QATModule, "soft_labels", lambda self, batch: torch.full((len(batch.images), 3), 1 / 3))
-    monkeypatch.setattr(training, "entropy", lambda labels, classes: calls.append(1) or torch.tensor(1.0))
+    monkeypatch.setattr(records, "entropy", lambda labels, classes: calls.append(1) or torch.tensor(1.0))
     fit(tiny_module(), images, tmp_path, logger=MetricsFile(tmp_path), max_epochs=1, log_every_n_steps=3)
     assert len(calls) == 2
     assert {"train/kl", "train/label_entropy"} <= set((tmp_path / "metrics.csv").read_text().split("\n")[0].split(","))
@@ -92,8 +92,8 @@ def test_a_copy_regularizes_its_own_weights() -> None:
     module = tiny_module(regularizers=[BinRegularizer()])
     twin = copy.deepcopy(module)
     theirs = dict(twin.model.named_modules())
-    sites = twin.regularized["bin_regularizer"]
-    assert [site.name for site in sites] == [site.name for site in module.regularized["bin_regularizer"]]
+    sites = twin.penalties.sites["bin_regularizer"]
+    assert [site.name for site in sites] == [site.name for site in module.penalties.sites["bin_regularizer"]]
     for site in sites:
         assert site.quantizer is theirs[site.name]
         assert any(site.weight is parameter for parameter in twin.model.parameters())
@@ -106,7 +106,7 @@ def test_two_modules_with_the_same_options_regularize_their_own_weights() -> Non
     first, second = (tiny_module(regularizers=[regularizer]) for _ in range(2))
     for module in (first, second):
         own = {id(parameter) for parameter in module.parameters()}
-        assert {id(site.weight) for site in module.regularized["bin_regularizer"]} <= own
+        assert {id(site.weight) for site in module.penalties.sites["bin_regularizer"]} <= own
 
 
 def test_steps_stay_positive(images: Path, tmp_path: Path) -> None:

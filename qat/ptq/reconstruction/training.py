@@ -18,6 +18,7 @@ from qat.ptq.reconstruction.learned_weights import LearnedWeight, WeightRule
 from qat.ptq.reconstruction.losses import UnitLoss
 from qat.ptq.reconstruction.stand_in import Dropped
 from qat.ptq.reconstruction.unit_data import UnitData
+from qat.quantizers import operands_kept
 
 
 @dataclass
@@ -180,7 +181,7 @@ class Training:
             parameter.requires_grad_(False)
         for parameter in (*self.learned(), *self.steps.leaves):
             parameter.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), operands_kept():
             yield
         for parameter in self.steps.leaves:
             parameter.requires_grad_(False)
