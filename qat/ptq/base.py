@@ -18,6 +18,7 @@ from qat.sites.hooks import watching
 from qat.sites.insert import WeightSite, quantizers, switched_off, weights
 
 Receive = Callable[[str, Tensor], None]  # name of a site, its input as rows (G, n)
+SET = ("chosen", "report", "store", "cache")  # attributes of a method that are no options
 
 
 class PTQMethod(ABC):
@@ -58,6 +59,11 @@ class PTQMethod(ABC):
             torch.set_grad_enabled(self.needs_gradients),
         ):
             self.calibrate(model, batches)
+
+    def __repr__(self) -> str:
+        """The name and the options, which tell a calibration that goes on whether it is the same one."""
+        options = {name: value for name, value in vars(self).items() if not name.startswith("_") and name not in SET}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
 
     @abstractmethod
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from qat.errors import QatError
 from qat.ptq.unit_work import UnitWork
 from qat.quantizers.named import spec_from_dict
+from qat.runs.torch_file import save_replacing
 from qat.runs.writing import remove_parts, replacing
 from qat.sites.family import Unit
 
@@ -124,8 +125,7 @@ class UnitStore:
         if self._found() is None:
             with replacing(self.folder / WHAT) as file:
                 json.dump(self.what, file)
-        with replacing(path, "wb") as file:
-            torch.save(content, file)
+        save_replacing(content, path)
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:

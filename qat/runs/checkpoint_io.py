@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from qat.runs.writing import replacing
+from qat.runs.torch_file import save_replacing
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -16,31 +15,4 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write, flush to the disk, rename; QatError that names the file where it cannot be written."""
-        with replacing(Path(path), "wb") as file:
-            noting = NotingErrors(file)
-            try:
-                torch.save(checkpoint, noting)  # type: ignore[arg-type]
-            except RuntimeError:
-                if noting.error is None:
-                    raise
-                raise noting.error from None
-
-
-class NotingErrors:
-    """A file whose first OSError is remembered: torch replaces it by one of its own about its position in the file."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write bytes."""
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        """Hand over what is buffered."""
-        self.file.flush()
+        save_replacing(checkpoint, Path(path))

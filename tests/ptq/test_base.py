@@ -175,3 +175,17 @@ def test_a_method_may_leave_switches_in_any_position():
     with undisturbed(model):
         assert not model.training
     assert model.training
+
+
+def test_a_method_without_a_repr_of_its_own_is_told_by_its_options():
+    class Own(PTQMethod):
+        def __init__(self, rate: float) -> None:
+            self.rate = rate
+            self._cached = object()
+
+        def calibrate(self, model, batches):
+            self.report["seen"] = 3
+
+    method = Own(0.5)
+    method(nn.Linear(1, 1), [])
+    assert repr(method) == "Own(rate=0.5)"
