@@ -11,6 +11,7 @@ from torch import nn
 
 from qat.checkpoint.card import Card
 from qat.checkpoint.content import AVERAGED, KEY, check_content, check_weights, model_weights
+from qat.checkpoint.packed import SUFFIX, is_packed, read_packed
 from qat.errors import QatError
 from qat.models.torch_file import read_plain, reason
 from qat.ranges import shown
@@ -27,7 +28,7 @@ def read(path: str | Path, option: str = "--ckpt", trust: bool = False) -> tuple
     Raises:
         QatError: the file is missing, damaged or not one of ours, its card is malformed, or its weights do not fit.
     """
-    content = _read_file(Path(path), option)
+    content = _read_file(Path(path), option, trust)
     card = Card.from_dict(content[KEY], str(path), trust)
     check_content(content, card, str(path))
     return card, content
@@ -36,10 +37,10 @@ def read(path: str | Path, option: str = "--ckpt", trust: bool = False) -> tuple
 def find_card(path: str | Path, trust: bool = False) -> Card | None:
     """The card of a file, or None if it is no checkpoint of ours; QatError for one of ours that cannot be used."""
     path = Path(path)
-    if path.suffix.lower() != ".ckpt" or not path.is_file():
+    if not (path.suffix.lower() == ".ckpt" and path.is_file()) and not is_packed(path):
         return None
     try:
-        content = _read_file(path, "--ckpt")
+        content = _read_file(path, "--ckpt", trust)
     except QatError:
         return None
     return Card.from_dict(content[KEY], str(path), trust)
@@ -116,12 +117,14 @@ def _way_out(field: str, theirs: Card, ours: Card) -> str:
     return f"it was made with {' '.join(options)}: give that, or calibrate with this config"
 
 
-def _read_file(path: Path, option: str) -> dict[str, Any]:
+def _read_file(path: Path, option: str, trust: bool) -> dict[str, Any]:
     """What a file holds, tensors on the disk; QatError if it is missing, damaged or not one of ours."""
     if not path.is_file():
         raise QatError(
             f"no checkpoint {path}: {option} takes a file that qat wrote, such as runs/NAME/DATE/last.ckpt or ptq.ckpt"
         )
+    if path.suffix.lower() == SUFFIX:
+        return read_packed(path, trust)
     if not is_zipfile(path):
         what = "is empty" if not path.stat().st_size else "is no file that torch has saved"
         raise QatError(

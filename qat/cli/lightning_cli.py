@@ -20,6 +20,7 @@ from qat.callbacks.time_limit import TimeLimit
 from qat.cli.agreement import changes, run_options
 from qat.cli.check_options import check_constructors, check_options, parse_options
 from qat.cli.check_trainer import check_run, check_trainer, further_metrics
+from qat.cli.checkpoint_files import CheckpointFiles
 from qat.cli.configs import read_old_class_paths, with_bases
 from qat.cli.loggers import need_no_folder, write_to
 from qat.cli.options import add_options
@@ -35,7 +36,6 @@ from qat.cli.words import given_configs, words_of_model
 from qat.data.imagenet import ImageNetDataModule
 from qat.data.splits import has_split
 from qat.errors import QatError
-from qat.runs.checkpoint_io import AtomicCheckpoints
 from qat.runs.folder import CALIBRATED, LAST, config_name
 from qat.runs.stop import Stopped, deferred, raise_if_told
 from qat.training.module import QATModule
@@ -135,9 +135,9 @@ class QatCLI(LightningCLI):
         config = options.trainer
         bar = sys.stdout.isatty() and config.enable_progress_bar is not False
         callbacks = [*as_list(config.callbacks), ProgressBar() if bar else ConsoleLog()]
+        kwargs["plugins"] = [*as_list(config.plugins), CheckpointFiles(self.config[self.verb].trust)]
         if self.verb == "fit" or self.calibrates:
             kwargs["default_root_dir"] = run = self._run_folder()
-            kwargs["plugins"] = [*as_list(config.plugins), AtomicCheckpoints()]
         if self.verb == "fit":
             callbacks += recorders(run, self.config[self.verb], callbacks)
             self.save_config_kwargs = {"config_filename": config_name(run), "folder": run, "replaced": self.replaced}

@@ -36,6 +36,7 @@ VERBS = {
     "calibrate": Verb("calibrate a quantized model on a few images, without training", TRAINED),
     "predict": Verb("write the most probable classes of every image in a folder", TRAINED),
     "describe": Verb("show what is quantized, and what it saves; needs no data and no weights", "qat.cli.describe"),
+    "export": Verb("write a checkpoint with packed weights, for other machines and the Hugging Face hub", TOOLS),
     "make-softlabels": Verb("let a teacher label many crops of every training image", TOOLS),
     "import-fkd": Verb("make a store of soft labels from the label files of FKD", TOOLS),
     "convert-official": Verb("turn official DeiT, Swin, SReT and VVTQ files into files that qat reads", TOOLS),

@@ -23,6 +23,10 @@ qat import-fkd LABELS --data.root DIR --teacher NAME --label_type marginal_smoot
 OFFICIAL = """Turn an official DeiT, Swin, SReT or VVTQ checkpoint into a file that qat reads. Float weights become a
 .safetensors file for --model.checkpoint, a quantized model of VVTQ a .ckpt file that describes itself. What does not
 fit exactly is refused, and nothing is written."""
+EXPORT = """Write a quantized checkpoint with its weights packed as integers of their own width. The file describes
+itself: qat validate, qat predict and qat.load read it, and their logits are those of the checkpoint, to the bit. It is
+read again and compared before it gets its name. Example:
+qat export --ckpt last --output deit_t_w4a4.safetensors"""
 
 
 class Tool(NamedTuple):
@@ -90,5 +94,9 @@ def _find(verb: str) -> Tool:
 
             places = {"input": "official .pth or .pth.tar file", "output": ".safetensors, or .ckpt for a quantized one"}
             return Tool(files.ConvertOptions, files.convert_file, OFFICIAL, places)
+        case "export":
+            from qat.export import export, options
+
+            return Tool(options.ExportOptions, export.export, EXPORT, {})
         case _:
             raise AssertionError(f"{verb} is no tool")

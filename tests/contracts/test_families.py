@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qat.models  # noqa: F401  registers the families
+from qat.checkpoint.packed import packed_state, unpacked_state
 from qat.models import build_float
 from qat.ptq import InitSteps
 from qat.quantizers import LSQ
@@ -206,7 +207,7 @@ def test_copies_and_pickles_compute_the_same(name):
 
 @every_model
 @torch.no_grad()
-def test_saved_built_afresh_and_strictly_loaded_it_gives_the_same_logits(name):
+def test_saved_or_packed_and_strictly_loaded_it_gives_the_same_logits(name):
     model = calibrated(name)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
@@ -214,6 +215,9 @@ def test_saved_built_afresh_and_strictly_loaded_it_gives_the_same_logits(name):
     arch, arguments = MODELS[name]
     fresh = quantize(build_float(arch, None, 10, arguments).eval(), recipe())
     fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert torch.equal(fresh(images()), model(images()))
+    tensors, packed = packed_state(model)
+    fresh.load_state_dict(unpacked_state(fresh, packed, tensors, name), strict=True)
     assert torch.equal(fresh(images()), model(images()))
 
 

@@ -1,0 +1,1 @@
+"""Models for devices: files that hold integers."""

@@ -1,0 +1,43 @@
+"""What `qat export` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from qat.checkpoint.packed import Rest
+from qat.ranges import check_fields
+
+Format = Literal["safetensors", "folder"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """A checkpoint to export.
+
+    Args:
+        ckpt: a checkpoint, the folder of a run, or the word last for the newest run.
+        output: file or folder to write.
+        format: safetensors: one file with packed weights, which qat reads; folder: that file with a config and a model
+            card, ready to be uploaded to the Hugging Face hub.
+        rest: how the tensors are stored that are not quantized; with float16 they are rounded, and logits change.
+        images: folder of images on which the exported model is compared with the checkpoint; random ones when left out.
+        force: overwrite the output.
+        runs: folder of all runs, for ckpt last.
+        results: JSON files that qat validate or qat calibrate has written (results_file); the model card quotes them.
+        trust: quantizers that the checkpoint names by a dotted path may be imported, which runs their code.
+    """
+
+    ckpt: Path
+    output: Path
+    format: Format = "safetensors"
+    rest: Rest = "float32"
+    images: Path | None = None
+    force: bool = False
+    runs: Path = Path("runs")
+    results: list[Path] = field(default_factory=list)
+    trust: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
