@@ -34,6 +34,8 @@ KNOWS = {
     "lightning": {"training", "callbacks", "data", "runs", "labeling", "cli"},
     "jsonargparse": {"cli"},
     "h5py": {"data"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
 }
 
 

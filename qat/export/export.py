@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,20 @@ log = logging.getLogger(__name__)
 FAILED = ".failed"
 REPORT = ".export.json"
 WEIGHTS = "model.safetensors"  # in a folder
+SUFFIXES = {"safetensors": SUFFIX, "folder": SUFFIX, "onnx": ".onnx"}
+EXACT_IMAGES = 2  # for the comparison in float64, which takes seconds for each
+
+Found = dict[str, Any]  # a report, as plain data
+Write = Callable[[Path], tuple[Found, str]]  # writes a file, and returns what its check has found, and that in a line
 
 
 def export(options: ExportOptions) -> None:
     """Export a checkpoint, and log what was written.
 
     Raises:
-        QatError: for a checkpoint that cannot be read or is already packed, an output that cannot be written, or a
-            file that is not what the checkpoint is; such a file is kept under another name.
+        QatError: for a checkpoint that cannot be read or is already packed, an output that cannot be written, a site
+            that the format cannot express, or a file that is not what the checkpoint is; such a file is kept under
+            another name.
     """
     source = find_checkpoint(options.ckpt.expanduser(), options.runs.expanduser(), None)
     _check_output(options, source)
@@ -45,10 +52,13 @@ def export(options: ExportOptions) -> None:
     images = comparison_images(options.images, Preprocessing(**card.preprocessing))
     model = checkpoint.load(source, options.trust)
     file = options.output / WEIGHTS if options.format == "folder" else options.output
-    size, found = _write_checked(file, model, card, content, images, options)
+    write = _onnx(model, card, images, options) if options.format == "onnx" else _packed(
+        model, card, content, images, options
+    )  # fmt: skip
+    found, told = _checked(file, write)
     costs = cost(model, card.preprocessing["size"])
-    sizes = {"size_mb": size / 1e6, "described_mb": costs.size_mb, "float_size_mb": costs.float_size_mb}
-    report = {"format": "safetensors", "rest": options.rest, **sizes, **found}
+    sizes = {"size_mb": file.stat().st_size / 1e6, "described_mb": costs.size_mb, "float_size_mb": costs.float_size_mb}
+    report = {"format": options.format, **sizes, "images": len(images), **found}
     with replacing(file.with_name(file.stem + REPORT)) as opened:
         opened.write(json.dumps(report, indent=2) + "\n")
     if options.format == "folder":
@@ -56,17 +66,18 @@ def export(options: ExportOptions) -> None:
         write_model_card(options.output / "README.md", model, card, content, report, results)
     log.info("%s: %s, %.3f MB (float32: %.2f MB); %s", file, card.arch, report["size_mb"], report["float_size_mb"],
              summary(model))  # fmt: skip
-    log.info("%s", _summary(report, options.images))
-    log.info("next: qat validate --ckpt %s --data.root DIR", file)
+    log.info("%s", told)
+    if options.format != "onnx":
+        log.info("next: qat validate --ckpt %s --data.root DIR", file)
 
 
 def _check_output(options: ExportOptions, source: Path) -> None:
     """Raise QatError for an output that cannot, or must not, be written."""
-    output, whole = options.output, options.format == "folder"
-    if is_packed(source):
+    output, whole, suffix = options.output, options.format == "folder", SUFFIXES[options.format]
+    if is_packed(source) and options.format != "onnx":
         raise QatError(f"{source} is packed already: copy it, or export the checkpoint that it was made from")
-    if not whole and output.suffix != SUFFIX:
-        raise QatError(f"--output is {output}: give a name that ends in {SUFFIX}, or --format folder")
+    if not whole and output.suffix != suffix:
+        raise QatError(f"--output is {output}: give a name that ends in {suffix}, or another --format")
     if not output.parent.is_dir():
         raise QatError(f"--output is {output}: there is no folder {output.parent}, create it first")
     if output.exists() and (output.is_dir() != whole or not options.force):
@@ -74,29 +85,68 @@ def _check_output(options: ExportOptions, source: Path) -> None:
         raise QatError(f"--output is {output}, {what} that exists: give another name, or --force true to overwrite")
 
 
-def _write_checked(
-    file: Path, model: nn.Module, card: checkpoint.Card, content: dict[str, Any], images: Tensor, options: ExportOptions
-) -> tuple[int, dict[str, Any]]:
-    """Write a packed file, read it again and compare it; returns its size in bytes and what was found."""
-    unchecked = file.with_name(f"{file.stem}{FAILED}{SUFFIX}")
-    size = write_packed(unchecked, model, card, content, options.rest)
-    found = compare(model, checkpoint.load(unchecked, options.trust), card, options.rest, images)
-    if different := found["different_tensors"]:
-        raise QatError(
-            f"what was read again differs in {len(different)} tensors, the first is {different[0]!r}: the file is kept "
-            f"as {unchecked}, do not use it"
-        )
+def _checked(file: Path, write: Write) -> tuple[Found, str]:
+    """Write a file under another name, and give it its own once its check has passed."""
+    unchecked = file.with_name(f"{file.stem}{FAILED}{file.suffix}")
+    found = write(unchecked)
     with writing(file):
         unchecked.replace(file)
-    return size, found
+    return found
 
 
-def _summary(report: dict[str, Any], images: Path | None) -> str:
-    """What the check has found, in a line."""
-    read = f"read again: {report['tensors']} tensors as they should be"
-    count, difference = report["images"], report["largest_logit_difference"]
-    if difference == 0:
-        return f"{read}, logits of {count} {'random ' if images is None else ''}images equal to the bit"
-    if images is None:
-        return f"{read}, rounded to float16, which changes logits: --images FOLDER compares classes on real images"
-    return f"{read}, rounded to float16; {report['same_class']:.1%} of {count} images keep their class"
+def _packed(
+    model: nn.Module, card: checkpoint.Card, content: dict[str, Any], images: Tensor, options: ExportOptions
+) -> Write:
+    """Writes a packed file, and reads it again."""
+
+    def write(file: Path) -> tuple[Found, str]:
+        write_packed(file, model, card, content, options.rest)
+        found = compare(model, checkpoint.load(file, options.trust), card, options.rest, images)
+        if different := found["different_tensors"]:
+            raise QatError(
+                f"what was read again differs in {len(different)} tensors, the first is {different[0]!r}: the file is "
+                f"kept as {file}, do not use it"
+            )
+        told = f"read again: {found['tensors']} tensors as they should be"
+        if found["largest_logit_difference"] == 0:
+            told += f", logits of {_count(images, options)} equal to the bit"
+        elif options.images is None:
+            told += ", rounded to float16, which changes logits: --images FOLDER compares classes on real images"
+        else:
+            told += f", rounded to float16; {found['same_class']:.1%} of {len(images)} images keep their class"
+        return {"rest": options.rest, **found}, told
+
+    return write
+
+
+def _onnx(model: nn.Module, card: checkpoint.Card, images: Tensor, options: ExportOptions) -> Write:
+    """Writes an ONNX file, and runs it."""
+    from qat.export.graph.build import build
+    from qat.export.graph.check import in_runtime, same_function
+
+    normalized = Preprocessing(**card.preprocessing).normalize(images)
+
+    def write(file: Path) -> tuple[Found, str]:
+        proto = build(model, card, options.pixels)
+        with replacing(file, "wb") as opened:
+            opened.write(proto.SerializeToString())
+        few = images[:EXACT_IMAGES] if options.pixels else normalized[:EXACT_IMAGES]
+        different, count, distance = same_function(proto, model, few, normalized[:EXACT_IMAGES])
+        if different:
+            raise QatError(
+                f"in float64, {different} of {count} codes differ from those of the checkpoint: the file is kept as "
+                f"{file}, do not use it"
+            )
+        found = in_runtime(file, model, images if options.pixels else normalized, normalized)
+        told = f"in float64, all {count} codes of {len(few)} images are those of the checkpoint"
+        told += (
+            f"; in onnxruntime, {found['same_class']:.1%} of {_count(images, options)} have the same class (torch with "
+            f"itself in float64: {found['same_class_torch_float64']:.1%})"
+        )
+        return {"float64_codes": count, "float64_logit_difference": distance, **found}, told
+
+    return write
+
+
+def _count(images: Tensor, options: ExportOptions) -> str:
+    return f"{len(images)} {'random ' if options.images is None else ''}images"

@@ -9,7 +9,7 @@ from typing import Literal
 from qat.checkpoint.packed import Rest
 from qat.ranges import check_fields
 
-Format = Literal["safetensors", "folder"]
+Format = Literal["safetensors", "folder", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,10 @@ class ExportOptions:
         ckpt: a checkpoint, the folder of a run, or the word last for the newest run.
         output: file or folder to write.
         format: safetensors: one file with packed weights, which qat reads; folder: that file with a config and a model
-            card, ready to be uploaded to the Hugging Face hub.
-        rest: how the tensors are stored that are not quantized; with float16 they are rounded, and logits change.
+            card, ready to be uploaded to the Hugging Face hub; onnx: a graph with QuantizeLinear and DequantizeLinear.
+        rest: how a packed file stores the tensors that are not quantized; with float16 they are rounded, and logits
+            change.
+        pixels: an ONNX graph reads uint8 images and normalizes them itself.
         images: folder of images on which the exported model is compared with the checkpoint; random ones when left out.
         force: overwrite the output.
         runs: folder of all runs, for ckpt last.
@@ -33,6 +35,7 @@ class ExportOptions:
     output: Path
     format: Format = "safetensors"
     rest: Rest = "float32"
+    pixels: bool = False
     images: Path | None = None
     force: bool = False
     runs: Path = Path("runs")

@@ -118,7 +118,7 @@ class QuantWindowAttention(QuantHeads):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B * W, N, C) to (B * W, N, C); the mask of shifted windows (W, N, N) is added to the scores."""
         if mask is not None:
-            mask = mask.unsqueeze(1).repeat(len(x) // len(mask), 1, 1, 1)  # (B * W, 1, N, N)
+            mask = mask.unsqueeze(1).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)  # (B * W, 1, N, N)
         x = self.attend(*self.heads(x), mask, bias=self.position_bias()).transpose(1, 2).flatten(2)  # (B * W, N, H * D)
         out: Tensor = self.proj_drop(self.proj(x))
         return out

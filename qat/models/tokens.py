@@ -130,7 +130,7 @@ class QuantEmbedding:
             positions = resample_abs_pos_embed(positions, x.shape[1:3], self.patch_embed.grid_size, prefix)
         x = x.flatten(1, -2)
         found = [getattr(self, name, None) for name in TOKENS]
-        others = [token.expand(len(x), -1, -1) for token in found if token is not None]
+        others = [token.expand(x.shape[0], -1, -1) for token in found if token is not None]
         if positions is None:
             return torch.cat([*others, x], 1)
         if bare:

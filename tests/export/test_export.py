@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,51 @@ def test_a_file_that_fails_its_check_has_another_name(ckpt, tmp_path, capsys, mo
     said = error(capsys, "export", "--ckpt", tmp_path / "a.ckpt", "--output", tmp_path / "a.safetensors")
     assert "differs in 1 tensors, the first is 'norm.bias'" in said
     assert {path.name for path in tmp_path.iterdir()} == {"a.ckpt", "a.failed.safetensors"}
+
+
+def test_an_onnx_file_is_checked_and_reported(ckpt, images, tmp_path, caplog):
+    pytest.importorskip("onnx", reason="the extra 'export' is not installed")
+    caplog.set_level("INFO")
+    file = tmp_path / "tiny.onnx"
+    done("export", "--ckpt", ckpt, "--output", file, "--format", "onnx", "--images", images / "val")
+    report = json.loads((tmp_path / "tiny.export.json").read_text())
+    assert report["images"] == 12
+    assert report["float64_codes"] > 0
+    assert report["equal_codes"] > 0.9
+    assert "codes of 2 images are those of the checkpoint" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.onnx", "tiny.export.json"}
+
+
+def test_an_onnx_file_from_a_packed_one_that_reads_pixels(ckpt, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
+    done("export", "--ckpt", ckpt, "--output", tmp_path / "a.safetensors")
+    packed = tmp_path / "a.safetensors"
+    done("export", "--ckpt", packed, "--output", tmp_path / "a.onnx", "--format", "onnx", "--pixels", "true")
+    (read,) = onnx.load(tmp_path / "a.onnx").graph.input
+    assert read.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [dim.dim_param or dim.dim_value for dim in read.type.tensor_type.shape.dim] == ["batch", 3, 32, 32]
+
+
+def test_without_the_extra_one_line_says_what_to_install(ckpt, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    said = error(capsys, "export", "--ckpt", ckpt, "--output", tmp_path / "a.onnx", "--format", "onnx")
+    assert "pip install 'qat[export]'" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_file_that_fails_its_check_has_another_name(ckpt, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnx", reason="the extra 'export' is not installed")
+    from qat.export.graph import build
+
+    whole = build.clean
+
+    def altered(proto, card):
+        whole(proto, card)
+        (bias,) = [t for t in proto.graph.initializer if t.name == "blocks.0.attn.qkv.bias"]
+        bias.raw_data = bytes(len(bias.raw_data) - 4) + b"\x00\x00\x80\x3f"  # the last bias is 1
+
+    monkeypatch.setattr(build, "clean", altered)
+    said = error(capsys, "export", "--ckpt", ckpt, "--output", tmp_path / "a.onnx", "--format", "onnx")
+    assert "in float64," in said
+    assert "a.failed.onnx, do not use it" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.failed.onnx"]

@@ -1,0 +1,1 @@
+"""Models as ONNX graphs with QuantizeLinear and DequantizeLinear at every affine site."""

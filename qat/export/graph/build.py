@@ -1,0 +1,144 @@
+"""A quantized model as an ONNX model: exported by torch, then made small and free of what tells about this machine.
+
+torch writes the graph, because it knows every operator that timm uses; our sites, layers and attentions are given to it
+as operators (`torch.onnx.ops.symbolic`), so that nothing has to be found again in a graph afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qat.checkpoint import Card
+from qat.errors import QatError
+from qat.export.graph.layers import as_graph
+from qat.export.graph.sites import SITE
+from qat.preprocessing import Preprocessing
+
+OPSET, IR = 21, 10  # the first with 4 bits; what every runtime of the last years reads
+INPUT, OUTPUT = "images", "logits"
+NEEDS = "onnx and onnxscript write ONNX files, and onnxruntime checks them: pip install 'qat[export]'"
+
+
+class FromPixels(nn.Module):
+    """A model that reads uint8 images (B, 3, S, S) and normalizes them itself."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        logits: Tensor = self.model((images.float() / 255 - self.mean) / self.std)
+        return logits
+
+
+def build(model: nn.Module, card: Card, pixels: bool = False) -> Any:
+    """The ONNX model, a ``ModelProto``.
+
+    Args:
+        model: quantized, calibrated, in evaluation mode on the CPU; it stays as it is.
+        card: of the model.
+        pixels: the graph reads uint8 images and normalizes them, in place of normalized float32 images.
+
+    Raises:
+        QatError: a package is missing, a site has no ONNX form, or the batch came out with a fixed size.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise QatError(f"{error.name} is not installed: {NEEDS}") from None
+    graph = as_graph(copy.deepcopy(model).eval())
+    preprocessing = Preprocessing(**card.preprocessing)
+    size = preprocessing.size
+    example = torch.zeros(2, 3, size, size)
+    if pixels:
+        graph, example = FromPixels(graph, preprocessing).eval(), example.to(torch.uint8)
+    with torch.no_grad(), quiet():
+        program: Any = torch.onnx.export(
+            graph, (example,), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+        )  # fmt: skip
+    proto = program.model_proto
+    first = proto.graph.input[0].type.tensor_type.shape.dim[0]
+    if not first.dim_param:
+        raise QatError(f"the batch of {card.arch} came out as {first.dim_value}: its graph would read no other one")
+    clean(proto, card)
+    pack_weights(proto)
+    return proto
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the lines of the exporter."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def clean(proto: Any, card: Card) -> None:
+    """Leave names of sites and the card, and remove traces, which hold paths of this machine, and shapes."""
+    from onnx import helper
+
+    proto.ir_version = IR
+    for node in proto.graph.node:
+        kept = [(entry.key, entry.value) for entry in node.metadata_props if entry.key == SITE]
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for key, value in kept:
+            entry = node.metadata_props.add()
+            entry.key, entry.value = key, value
+    del proto.graph.metadata_props[:]
+    del proto.graph.value_info[:]
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    proto.producer_name, proto.producer_version, proto.doc_string = "qat", "", ""
+    helper.set_model_props(proto, {"qat": json.dumps(card.to_dict(), separators=(",", ":"))})
+
+
+def pack_weights(proto: Any) -> None:
+    """Store the codes of weights that fit into 4 bits as INT4; a cast to INT8 comes before DequantizeLinear.
+
+    Runtimes fold that cast when they load the model. Without it, they take the weight for one that is kept in 4 bits,
+    and compute its product in floating point.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    codes = {node.input[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    casts = []
+    for tensor in proto.graph.initializer:
+        if tensor.name not in codes or tensor.data_type != TensorProto.INT8:
+            continue
+        values = numpy_helper.to_array(tensor)
+        if values.min() < -8 or values.max() > 7:
+            continue
+        nibbles = np.resize(values.flatten() & 15, values.size + values.size % 2).astype(np.uint8)
+        packed, plain = tensor.name + "_int4", tensor.name
+        casts.append(helper.make_node("Cast", [packed], [plain], to=TensorProto.INT8))
+        tensor.name, tensor.data_type = packed, TensorProto.INT4
+        tensor.raw_data = (nibbles[::2] | nibbles[1::2] << 4).tobytes()
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
