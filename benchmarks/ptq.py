@@ -114,7 +114,9 @@ def run(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         seconds = timed(lambda: case.method(model, calibration), device)
     few = images.ready(known["val"][: BATCH * 2])
     ratios = [
-        timed(partial(model, x), device) / timed(partial(float_model, x), device) for _ in range(args.rounds) for x in few
+        timed(partial(model, x), device) / timed(partial(float_model, x), device)
+        for _ in range(args.rounds)
+        for x in few
     ]
     hits = images.logits(model, known["val"]).argmax(1) == known["labels"]
     float_hits = known["float_val"].argmax(1) == known["labels"]
@@ -195,7 +197,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="cases that run at a time")
     parser.add_argument("--threads", type=int, help="of each; the cores are shared by the jobs when not given")
-    parser.add_argument("--rounds", type=int, default=2, help="of timing evaluation against float; 0 beside other work")
+    parser.add_argument("--rounds", type=int, default=2, help="of timing evaluation; 0 beside other work")
     parser.add_argument("--table", action="store_true", help="only show the results so far")
     parser.add_argument("--against", help="name of a case that the others are compared with, image by image")
     parser.add_argument("--markdown", action="store_true", help="show the results as markdown")
