@@ -127,7 +127,7 @@ def _onnx(model: nn.Module, card: checkpoint.Card, images: Tensor, options: Expo
     normalized = Preprocessing(**card.preprocessing).normalize(images)
 
     def write(file: Path) -> tuple[Found, str]:
-        proto = build(model, card, options.pixels)
+        proto = build(model, card, options.pixels, options.activations)
         with replacing(file, "wb") as opened:
             opened.write(proto.SerializeToString())
         few = images[:EXACT_IMAGES] if options.pixels else normalized[:EXACT_IMAGES]

@@ -24,6 +24,8 @@ class ExportOptions:
         rest: how a packed file stores the tensors that are not quantized; with float16 they are rounded, and logits
             change.
         pixels: an ONNX graph reads uint8 images and normalizes them itself.
+        activations: how an ONNX graph has activations of 4 bits: in a container of 8 bits, for which runtimes have
+            integer kernels, or exact, as UINT4.
         images: folder of images on which the exported model is compared with the checkpoint; random ones when left out.
         force: overwrite the output.
         runs: folder of all runs, for ckpt last.
@@ -36,6 +38,7 @@ class ExportOptions:
     format: Format = "safetensors"
     rest: Rest = "float32"
     pixels: bool = False
+    activations: Literal["container", "exact"] = "container"
     images: Path | None = None
     force: bool = False
     runs: Path = Path("runs")

@@ -13,7 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from qat.preprocessing import Preprocessing
 OPSET, IR = 21, 10  # the first with 4 bits; what every runtime of the last years reads
 INPUT, OUTPUT = "images", "logits"
 NEEDS = "onnx and onnxscript write ONNX files, and onnxruntime checks them: pip install 'qat[export]'"
+
+
+Activations = Literal["container", "exact"]
 
 
 class FromPixels(nn.Module):
@@ -49,13 +52,14 @@ class FromPixels(nn.Module):
         return logits
 
 
-def build(model: nn.Module, card: Card, pixels: bool = False) -> Any:
+def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activations = "container") -> Any:
     """The ONNX model, a ``ModelProto``.
 
     Args:
         model: quantized, calibrated, in evaluation mode on the CPU; it stays as it is.
         card: of the model.
         pixels: the graph reads uint8 images and normalizes them, in place of normalized float32 images.
+        activations: 4-bit codes in a ``container`` of 8 bits, or as they are (``exact``).
 
     Raises:
         QatError: a package is missing, a site has no ONNX form, or the batch came out with a fixed size.
@@ -81,6 +85,8 @@ def build(model: nn.Module, card: Card, pixels: bool = False) -> Any:
         raise QatError(f"the batch of {card.arch} came out as {first.dim_value}: its graph would read no other one")
     clean(proto, card)
     pack_weights(proto)
+    if activations == "exact":
+        use_four_bits(proto)
     return proto
 
 
@@ -142,3 +148,30 @@ def pack_weights(proto: Any) -> None:
     nodes = [*casts, *proto.graph.node]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+
+
+def use_four_bits(proto: Any) -> None:
+    """Let QuantizeLinear give UINT4 where an activation has 16 codes: the operator clips them itself."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    values = {tensor.name: tensor for tensor in proto.graph.initializer}
+    clips = {node.input[0]: node for node in proto.graph.node if node.op_type == "Clip"}
+    readers = {node.input[0]: node for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    for node in list(proto.graph.node):
+        clip = clips.get(node.output[0]) if node.op_type == "QuantizeLinear" else None
+        if clip is None:
+            continue
+        least, most, zero = (int(numpy_helper.to_array(values[name])) for name in (*clip.input[1:], node.input[2]))
+        if most - least != 15:
+            continue
+        name = f"uint4_{zero - least}"  # one for all sites that share it
+        if name not in values:
+            values[name] = helper.make_tensor(name, TensorProto.UINT4, [], [zero - least])
+            proto.graph.initializer.append(values[name])
+        reader = readers[clip.output[0]]
+        node.input[2] = reader.input[2] = name
+        reader.input[0] = node.output[0]
+        proto.graph.node.remove(clip)
+    used = {name for node in proto.graph.node for name in node.input}
+    for tensor in [tensor for tensor in proto.graph.initializer if tensor.name not in used]:
+        proto.graph.initializer.remove(tensor)

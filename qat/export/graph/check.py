@@ -26,6 +26,7 @@ from qat.export.graph.grid import Grid, grid_of
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, weights
 
+WIDE = "_int32"  # follows the name of an output
 Integers = dict[str, list[npt.NDArray[np.int64]]]  # of every visit of a site, by its name
 
 
@@ -103,8 +104,9 @@ def in_runtime(file: Path, model: nn.Module, images: Tensor, normalized: Tensor)
         t.name: int(onnx.numpy_helper.to_array(t)) for t in proto.graph.initializer if t.name in {z for *_, z in sites}
     }
     outputs = list(dict.fromkeys(output for _, output, _ in sites))
-    for output in outputs:
-        proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
+    for output in outputs:  # as integers that NumPy has
+        proto.graph.node.append(onnx.helper.make_node("Cast", [output], [output + WIDE], to=onnx.TensorProto.INT32))
+        proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(output + WIDE))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -145,3 +145,16 @@ def test_the_model_stays_as_it_was():
     build(model, card)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_activations_of_four_bits_can_be_what_they_are(tmp_path):
+    model, card = made("deit", "vvtq", 4)
+    proto = build(model, card, activations="exact")
+    kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    zeros = [kinds[node.input[2]] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    assert zeros.count(onnx.TensorProto.UINT4) == len(zeros) - 2 == 16  # patches and head have 8 bits
+    assert not [node for node in proto.graph.node if node.op_type == "Clip"]
+    onnx.checker.check_model(proto, full_check=True)
+    assert same_function(proto, model, images(3), images(3))[0] == 0
+    (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
+    assert in_runtime(tmp_path / "a.onnx", model, images(2), images(2))["equal_codes"] > 0.9
