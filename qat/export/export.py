@@ -124,14 +124,15 @@ def _onnx(model: nn.Module, card: checkpoint.Card, images: Tensor, options: Expo
     from qat.export.graph.build import build
     from qat.export.graph.check import in_runtime, same_function
 
-    normalized = Preprocessing(**card.preprocessing).normalize(images)
+    preprocessing = Preprocessing(**card.preprocessing)
+    normalized = preprocessing.normalize(images)
 
     def write(file: Path) -> tuple[Found, str]:
-        proto = build(model, card, options.pixels, options.activations)
+        built = build(model, card, options.pixels, options.activations)
         with replacing(file, "wb") as opened:
-            opened.write(proto.SerializeToString())
+            opened.write(built.proto.SerializeToString())
         few = images[:EXACT_IMAGES] if options.pixels else normalized[:EXACT_IMAGES]
-        different, count, distance = same_function(proto, model, few, normalized[:EXACT_IMAGES])
+        different, count, distance = same_function(built, model, few, preprocessing)
         if different:
             raise QatError(
                 f"in float64, {different} of {count} codes differ from those of the checkpoint: the file is kept as "

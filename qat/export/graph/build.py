@@ -12,10 +12,11 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,18 @@ NEEDS = "onnx and onnxscript write ONNX files, and onnxruntime checks them: pip 
 
 
 Activations = Literal["container", "exact"]
+
+
+class Built(NamedTuple):
+    """An ONNX model.
+
+    Args:
+        proto: a ``ModelProto``.
+        exact: those of its initializers that are computed from other constants, in float64.
+    """
+
+    proto: Any
+    exact: Mapping[str, npt.NDArray[np.float64]]
 
 
 class FromPixels(nn.Module):
@@ -52,8 +65,8 @@ class FromPixels(nn.Module):
         return logits
 
 
-def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activations = "container") -> Any:
-    """The ONNX model, a ``ModelProto``.
+def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activations = "container") -> Built:
+    """The ONNX model, a ``ModelProto``, and constants that were folded.
 
     Args:
         model: quantized, calibrated, in evaluation mode on the CPU; it stays as it is.
@@ -87,7 +100,9 @@ def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activ
     pack_weights(proto)
     if activations == "exact":
         use_four_bits(proto)
-    return proto
+    exact = {f"{name}.{key}" if name else key: value.numpy() for name, module in graph.named_modules()
+             for key, value in getattr(module, "exact", {}).items()}  # fmt: skip
+    return Built(proto, exact)
 
 
 @contextlib.contextmanager

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.export.graph.build import INPUT, NEEDS
+from qat.export.graph.build import INPUT, NEEDS, Built
 from qat.export.graph.double import run_double, site_outputs
 from qat.export.graph.grid import Grid, grid_of
+from qat.preprocessing import Preprocessing
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, weights
 
@@ -47,14 +48,16 @@ def integers_of(model: nn.Module) -> Iterator[Integers]:
 
 
 @torch.no_grad()
-def same_function(proto: Any, model: nn.Module, images: Tensor, normalized: Tensor) -> tuple[int, int, float]:
+def same_function(
+    built: Built, model: nn.Module, images: Tensor, preprocessing: Preprocessing
+) -> tuple[int, int, float]:
     """Compare in float64: how many integers differ, of how many, and the largest difference of logits.
 
     Args:
-        proto: the ONNX model.
+        built: the ONNX model.
         model: quantized, in evaluation mode.
-        images: what the ONNX model reads.
-        normalized: what the model reads (B, 3, S, S).
+        images: what the ONNX model reads (B, 3, S, S), normalized or uint8.
+        preprocessing: how uint8 images are normalized.
     """
     double = copy.deepcopy(model)
     for site in weights(double):
@@ -63,10 +66,16 @@ def same_function(proto: Any, model: nn.Module, images: Tensor, normalized: Tens
         )  # codes of float32 on both sides: in float64, ties fall otherwise
     double = double.double()
     with integers_of(double) as ours:
-        logits = double(normalized.double()).numpy()
-    theirs_logits, theirs = run_double(proto, images)
+        logits = double(images.double() if images.is_floating_point() else in_float64(images, preprocessing)).numpy()
+    theirs_logits, theirs = run_double(built, images)
     different, count = compared(ours, theirs)
     return different, count, float(np.abs(logits - theirs_logits).max())
+
+
+def in_float64(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Normalized images, computed in float64 from the constants of float32, as a graph does."""
+    mean, std = (torch.tensor(values).double().view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    return (images.double() / 255 - mean) / std
 
 
 def compared(ours: Integers, theirs: list[tuple[str, npt.NDArray[np.int64]]]) -> tuple[int, int]:

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qat.export.graph.build import INPUT
+from qat.export.graph.build import INPUT, Built
 from qat.export.graph.sites import SITE
 
 
-def as_double(proto: Any) -> Any:
-    """A copy whose floats are float64."""
+def as_double(built: Built) -> Any:
+    """A copy whose floats are float64; constants that are computed from others have the precision of float64."""
     from onnx import TensorProto, numpy_helper
 
-    found = copy.deepcopy(proto)
+    found = copy.deepcopy(built.proto)
     graph = found.graph
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+            values = built.exact.get(tensor.name, numpy_helper.to_array(tensor)).astype(np.float64)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
             value.type.tensor_type.elem_type = TensorProto.DOUBLE
@@ -50,11 +51,11 @@ def site_outputs(proto: Any) -> list[tuple[str, str, str]]:
     return found
 
 
-def run_double(proto: Any, images: Tensor) -> tuple[Any, list[tuple[str, Any]]]:
+def run_double(built: Built, images: Tensor) -> tuple[Any, list[tuple[str, Any]]]:
     """Logits, and the integers n of every visit of a site, in the order of the graph.
 
     Args:
-        proto: as it is in the file.
+        built: the ONNX model.
         images: what the model reads, uint8 or float32.
     """
     from onnx import helper, numpy_helper
@@ -69,7 +70,8 @@ def run_double(proto: Any, images: Tensor) -> tuple[Any, list[tuple[str, Any]]]:
 
             return (torch.nn.functional.gelu(torch.from_numpy(x), approximate=approximate or "none").numpy(),)
 
-    double, sites = as_double(proto), site_outputs(proto)
+    proto = built.proto
+    double, sites = as_double(built), site_outputs(proto)
     zeros = {t.name: int(numpy_helper.to_array(t)) for t in proto.graph.initializer if t.name in {z for *_, z in sites}}
     for output in dict.fromkeys(output for _, output, _ in sites):
         double.graph.output.append(helper.make_empty_tensor_value_info(output))

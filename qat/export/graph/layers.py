@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, I inputs, O outputs, H heads, D head width.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from qat.export.graph.grid import grid_of
 from qat.export.graph.ladder import LadderSite
-from qat.export.graph.sites import ActivationSite, Parts, WeightCodes, parts_of
+from qat.export.graph.sites import ActivationSite, Folding, Parts, WeightCodes, parts_of
 from qat.models.attention import AttentionSites
 from qat.models.layers import QuantConv2d, QuantLinear
 from qat.quantizers import Quantizer
@@ -67,8 +68,11 @@ def past_product(parts: Parts, axis: int) -> Parts:
     return parts
 
 
-class GraphLinear(nn.Module):
-    """A `QuantLinear` with the weight as (I, O): behind a transposition, runtimes see no integers."""
+class GraphLinear(Folding):
+    """A `QuantLinear` with the weight as (I, O): behind a transposition, runtimes see no integers.
+
+    An offset of its input, of one value, is in its bias: offset times the sum of each row of the weight.
+    """
 
     bias: Tensor
 
@@ -76,21 +80,31 @@ class GraphLinear(nn.Module):
         super().__init__()
         self.input_site, self.output_quant = layer.input_site, layer.output_quant
         self.weight = weight_of(layer.weight_quant, layer.weight, flip=True)
-        self.register_buffer("bias", layer.bias.detach())
-        with torch.no_grad():
-            self.register_buffer("sums", layer.weight_quant(layer.weight).sum(1))  # (O,), for an offset of the input
+        offset, bias = getattr(self.input_site, "offset", None), layer.bias.detach().double()
+        self.folds = offset is not None and offset.ndim == 0
+        if offset is not None and self.folds:
+            bias = bias + offset.double() * exact_values(layer.weight_quant, layer.weight).sum(1)
+        self.fold("bias", bias)
 
     def forward(self, x: Tensor, more_bias: Tensor | None = None) -> Tensor:
         """(..., I) to (..., O)."""
-        bias = self.bias if more_bias is None else self.bias + more_bias
-        read = past_product(parts_of(self.input_site, x), -1)
+        read = parts_of(self.input_site, x)
+        read = past_product(Parts(read.values, read.factor) if self.folds else read, -1)
+        read = read if read.offset is None else Parts(read.whole())
         out = read.values @ self.weight()
         if read.factor is not None:
             out = out * read.factor
-        if read.offset is not None:
-            bias = bias + read.offset * cast(Tensor, self.sums)
-        found: Tensor = self.output_quant(out + bias)
+        found: Tensor = self.output_quant(out + (self.bias if more_bias is None else self.bias + more_bias))
         return found
+
+
+@torch.no_grad()
+def exact_values(site: nn.Module, weight: Tensor) -> Tensor:
+    """The values of a weight in float64, whose codes are those of float32."""
+    if not isinstance(site, Quantizer):
+        return weight.double()
+    found: Tensor = copy.deepcopy(site).double()(site(weight).double())
+    return found
 
 
 class GraphConv2d(nn.Module):
@@ -117,32 +131,22 @@ class GraphAttention:
         bias: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As `AttentionSites.attend`."""
-        left, right = past_product(parts_of(self.q_quant, q), -1), past_product(parts_of(self.k_quant, k), -1)
-        left = left if left.offset is None else Parts(left.whole())
-        right = self._repeated(right if right.offset is None else Parts(right.whole()))
-        factor: Any = self.scale
-        for own in (left.factor, right.factor):
-            factor = factor if own is None else own * factor
-        scores = (left.values @ right.values.transpose(-2, -1)) * factor  # (B, H, N, N)
+        queries, keys = parts_of(self.q_quant, q), parts_of(self.k_quant, k)
+        left = queries.values if self.moves["q"] else queries.whole()
+        right = keys.values if self.moves["k"] else self._repeat(keys.whole())
+        scores = (left @ right.transpose(-2, -1)) * self.score_factor  # (B, H, N, N)
         scores = self.scores_quant(scores)
         for more in (bias, _additive(mask, is_causal, scores)):
             scores = scores if more is None else scores + more
-        probs, values = past_product(parts_of(self.probs_quant, scores.softmax(-1)), -1), parts_of(self.v_quant, v)
-        values = past_product(values if values.offset is None else Parts(values.whole()), -2)
-        values = self._repeated(values)
-        out = probs.values @ values.values
-        for own in (probs.factor, values.factor):
-            out = out if own is None else out * own
-        if probs.offset is not None:
-            sums = values.values.sum(-2, keepdim=True)  # (B, H, 1, D)
-            out = out + probs.offset * (sums if values.factor is None else sums * values.factor)
-        return cast(Tensor, out)
-
-    def _repeated(self: Any, parts: Parts) -> Parts:
-        """Keys or values of fewer heads, for every head of queries."""
-        if self.repeats == 1:
-            return parts
-        return Parts(self._repeat(parts.whole()))
+        probs, values = parts_of(self.probs_quant, scores.softmax(-1)), parts_of(self.v_quant, v)
+        mixed = values.values if self.moves["v"] else self._repeat(values.whole())
+        out = (probs.values if self.moves["probs"] else probs.whole()) @ mixed
+        if self.mix_factor is not None:
+            out = out * self.mix_factor
+        if self.moves["probs"] and probs.offset is not None:
+            sums = mixed.sum(-2, keepdim=True)  # (B, H, 1, D)
+            out = out + probs.offset * (sums * values.factor if self.moves["v"] and values.factor is not None else sums)
+        return out
 
 
 def _additive(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
@@ -160,12 +164,12 @@ def as_graph(model: nn.Module) -> nn.Module:
     Raises:
         QatError: a site has no ONNX form.
     """
-    for module in list(model.modules()):
-        if isinstance(module, AttentionSites):
-            _use_graph_attention(module)
     for name, quantizer in list(quantizers(model)):
         if quantizer.layout.batched:
             _replace(model, name, activation_of(name, quantizer))
+    for module in list(model.modules()):
+        if isinstance(module, AttentionSites):
+            _use_graph_attention(module)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             _replace(model, name, GraphLinear(module))
@@ -176,15 +180,38 @@ def as_graph(model: nn.Module) -> nn.Module:
     return model
 
 
-def _use_graph_attention(module: AttentionSites) -> None:
-    """Give an attention the products above: its class is made of both."""
+def _use_graph_attention(module: Any) -> None:
+    """Give an attention the products above; its class is made of both. Its sites are those of the graph by now."""
     kind, own = type(module), {}
     if hasattr(module, "position_bias"):
+        double = copy.deepcopy(module).double()
         with torch.no_grad():
-            bias = cast(Any, module).position_bias().detach()
-        module.register_buffer("constant_bias", bias, persistent=False)
+            for site in weights(module):  # the table of positions, among others
+                parent, _, child = site.name.rpartition(".")
+                own_weight = getattr(double.get_submodule(parent), child.removesuffix("_quant"))
+                own_weight.copy_(exact_values(site.quantizer, site.weight))
+            bias = double.position_bias().detach()
         own["position_bias"] = lambda self: self.constant_bias
-    module.__class__ = type(f"Graph{kind.__name__}", (GraphAttention, kind), own)
+    module.__class__ = type(f"Graph{kind.__name__}", (GraphAttention, kind, Folding), own)
+    if own:
+        module.fold("constant_bias", bias)
+    sites = {name: getattr(module, f"{name}_quant") for name in ("q", "k", "v", "probs")}
+    module.moves = {name: _moves(name, site) and (name in ("q", "probs") or module.repeats == 1)
+                    for name, site in sites.items()}  # fmt: skip
+    factors = {name: site.movable for name, site in sites.items() if module.moves[name] and site.movable is not None}
+    scale = torch.tensor(float(module.scale), dtype=torch.float64)
+    module.fold("score_factor", scale * factors.get("q", 1) * factors.get("k", 1))
+    module.mix_factor = None
+    if {"v", "probs"} & factors.keys():
+        del module.mix_factor
+        module.fold("mix_factor", factors.get("v", 1) * factors.get("probs", torch.ones((), dtype=torch.float64)))
+
+
+def _moves(name: str, site: nn.Module) -> bool:
+    """Whether factor and offset of an operand of attention can follow its product: one step, or one for each head."""
+    if not isinstance(site, ActivationSite):
+        return False
+    return (site.offset is None or name == "probs") and (site.scale.ndim == 0 or site.layout.axis == 1)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

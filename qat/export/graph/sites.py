@@ -17,6 +17,23 @@ from qat.export.graph.grid import Grid, container_of
 SITE = "qat.site"  # the name of the site, in the metadata of its node
 
 
+class Folding(nn.Module):
+    """A module with constants that are computed from others.
+
+    Attributes:
+        exact: the same constants in float64, by the name of their buffer, for the comparison in float64.
+    """
+
+    exact: dict[str, Tensor]
+
+    def fold(self, name: str, value: Tensor) -> None:
+        """Register a constant, given in float64."""
+        if "exact" not in self.__dict__:
+            self.exact = {}
+        self.exact[name] = value
+        self.register_buffer(name, value.float(), persistent=False)
+
+
 def quantize_linear(x: Tensor, scale: Tensor, zero: Tensor, site: str) -> Tensor:
     """The operator QuantizeLinear with one scale."""
     return torch.onnx.ops.symbolic(
@@ -112,12 +129,19 @@ class ActivationSite(nn.Module):
         codes = quantize_linear(ratio, one, self.zero, self.name)
         return Parts(dequantize_linear(codes, one, self.zero), factor, offset)
 
+    @property
+    def movable(self) -> Tensor | None:
+        """The factor of `parts` of a tensor (B, H, N, D), float64, if it is one or one for each head; None for 1."""
+        if self.is_plain:
+            return None
+        return self.scale.double().view(-1, 1, 1) if self.scale.ndim else self.scale.double()
+
     def _view(self, values: Any, x: Tensor) -> Tensor | None:
         """One value for each group, shaped so that it broadcasts over x; a single value as it is."""
         return self.layout.view(values, x) if isinstance(values, Tensor) and values.ndim else values
 
 
-class WeightCodes(nn.Module):
+class WeightCodes(Folding):
     """A weight as integers that DequantizeLinear turns into values.
 
     Args:
@@ -129,6 +153,7 @@ class WeightCodes(nn.Module):
     codes: Tensor
     scale: Tensor
     zero: Tensor
+    values: Tensor
 
     def __init__(self, weight: Tensor, grid: Grid, flip: bool = False) -> None:
         super().__init__()
@@ -144,7 +169,7 @@ class WeightCodes(nn.Module):
         zero = -(2.0 ** (bits - 1)) - low  # the codes n + zero are those of signed integers of so many bits
         self.fits = bits <= 8 and bool(((zero >= -128) & (zero <= 127)).all())
         if not self.fits:
-            self.register_buffer("values", self._flipped(n * scale.view(shape), flip))
+            self.fold("values", self._flipped(n.double() * scale.double().view(shape), flip))
             return
         self.register_buffer("codes", self._flipped((n + zero.view(shape)).to(torch.int8), flip))
         self.register_buffer("scale", scale[0] if grid.is_one else scale)
@@ -161,7 +186,7 @@ class WeightCodes(nn.Module):
     def forward(self, weight: Tensor | None = None) -> Tensor:
         """The values; the weight is not read."""
         if not self.fits:
-            return cast(Tensor, self.values)
+            return self.values
         found = dequantize_linear(self.codes, self.scale, self.zero, self.axis)
         offset: Tensor | None = cast(Any, self.offset)
         return found if offset is None else found + offset
