@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -46,12 +46,16 @@ class Calibrate(L.Callback):
         options: the method, how many images it sees, and the seed that draws them.
         folder: folder of the run, where ptq.ckpt is saved; it is not saved where this is None.
         keeps_units: keep finished units there until the end, so that a calibration that is killed can go on.
+        begin: called by the first process before the work starts; it may write a file, whose path it returns.
     """
 
-    def __init__(self, options: CalibrationOptions, folder: Path | None = None, keeps_units: bool = False) -> None:
+    def __init__(
+        self, options: CalibrationOptions, folder: Path | None = None, keeps_units: bool = False,
+        begin: Callable[[], Path] | None = None,
+    ) -> None:  # fmt: skip
         self.method: PTQMethod = options.method or InitSteps()
         self.images, self.batch_size, self.seed = options.images, options.batch_size, options.seed
-        self.folder, self.keeps_units = folder, keeps_units
+        self.folder, self.keeps_units, self.begin = folder, keeps_units, begin
         self.cache = Cache(options.cache_gb, folder)
         self.seconds = 0.0  # duration of ``setup``
 
@@ -68,7 +72,7 @@ class Calibrate(L.Callback):
         log.info("calibrating with %s on %d images ...", name, self.images)
         module = pl_module.to(trainer.strategy.root_device)  # setup comes before Lightning moves the model
         self.method.cache = self.cache
-        with PeakMemory(module.device) as memory, self._stored(module, datamodule):
+        with PeakMemory(module.device) as memory, self._stored(module, datamodule), self._begun(trainer):
             self.method(module.model, self._read(module, datamodule, self.images))
         raise_for_uncalibrated(module.model)
         module.card = with_chosen(module.card, self.method.chosen)
@@ -83,6 +87,17 @@ class Calibrate(L.Callback):
                 log.info("saved %s", self.folder / CALIBRATED)
                 remove_units(self.folder / UNITS)
         self.seconds = time.perf_counter() - started
+
+    @contextmanager
+    def _begun(self, trainer: L.Trainer) -> Iterator[None]:
+        """Leave no file of a calibration that could not go on."""
+        written = self.begin() if self.begin is not None and trainer.is_global_zero else None
+        try:
+            yield
+        except BaseException:
+            if written is not None and not any((written.parent / UNITS).glob("*.pt")):
+                written.unlink(missing_ok=True)
+            raise
 
     def check_devices(self, count: int, trains: bool) -> None:
         """Raise QatError for several devices, unless training follows and all of them get the same values."""

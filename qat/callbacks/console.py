@@ -46,6 +46,19 @@ class ConsoleLog(L.Callback):
         place = f"pass {trainer.current_epoch + 1}, batch {batch_idx + 1} of {trainer.num_training_batches}"
         log.info("%s (%s), %s left: %s", step, place, self._remaining.read(trainer), _format(metrics, "train/loss"))
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from here."""
+        self._last_line = time.monotonic()
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Say how far a long evaluation is, at most every ``seconds`` seconds."""
+        if time.monotonic() - self._last_line >= self.seconds:
+            self._last_line = time.monotonic()
+            log.info("evaluation: batch %d of %s", batch_idx + 1, trainer.num_val_batches[dataloader_idx])
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the metrics of a validation during training; `qat validate` prints its own."""
         if trainer.state.fn != TrainerFn.FITTING:

@@ -12,7 +12,7 @@ from torch import nn
 from qat.errors import QatError
 from qat.model_args import check_model_args
 from qat.models import build_float
-from qat.models.arch import check_arch, default_preprocessing, has_one_size
+from qat.models.arch import check_arch, default_preprocessing, has_one_size, without_tag
 from qat.preprocessing import FIELDS, Preprocessing, check_partial
 from qat.quantizers import Spec
 from qat.quantizers.named import check_keys
@@ -131,7 +131,20 @@ class Card:
         if evaluates_alike:
             names += ["preprocessing", *(["classes"] if self.classes and other.classes else [])]
         different = (name for name in names if getattr(self, name) != getattr(other, name))
-        return next((name for name in different if name != "rules" or self._specs() != other._specs()), None)
+        return next((name for name in different if self._differs(other, name)), None)
+
+    def _differs(self, other: Card, name: str) -> bool:
+        """Whether values that are not equal mean different things."""
+        if name == "arch":
+            return without_tag(self.arch) != without_tag(other.arch)
+        return name != "rules" or self.other_site(other) is not None
+
+    def other_site(self, other: Card) -> tuple[str, Spec | None, Spec | None] | None:
+        """The first site that two cards of one architecture quantize differently, and how; None where none is."""
+        for (name, mine), (_, theirs) in zip(self._specs(), other._specs(), strict=True):
+            if mine != theirs:
+                return name, mine, theirs
+        return None
 
     def _specs(self) -> list[tuple[str, Spec | None]]:
         """The name of every site, and the quantizer that the rules give it: other rules may say the same."""

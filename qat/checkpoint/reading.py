@@ -71,8 +71,7 @@ def load_into(model: nn.Module, card: Card, path: str | Path, trust: bool = Fals
     option = "model.quant_checkpoint"
     theirs, content = read(path, f"--{option}", trust)
     if (field := theirs.difference(card, evaluates_alike=True)) is not None:
-        way_out = _way_out(field, theirs, card)
-        raise QatError(f"{option}: {path} holds another model, {field} differs from this one: {way_out}")
+        raise QatError(f"{option}: {path} holds another model, {_difference(field, theirs, card)}")
     model.load_state_dict(model_weights(content, str(path)), strict=True)
     calibration: dict[str, Any] = content[KEY].get("calibration", {})
     return calibration
@@ -100,10 +99,22 @@ def check_restored(content: Mapping[str, Any], card: Card, model: nn.Module, res
     check_weights(model, model_weights(content, "the checkpoint"), "the checkpoint")
 
 
+def _difference(field: str, theirs: Card, ours: Card) -> str:
+    """What a checkpoint has, what is asked for, and what to do."""
+    if field == "rules" and (found := theirs.other_site(ours)) is not None:
+        site, stored, asked = found
+        return (
+            f"with {stored or 'floating point'} at {site!r}, and here it is {asked or 'floating point'}: give the bits "
+            "and the recipe that it was made with, or calibrate with this config"
+        )
+    if field in ("arch", "num_classes", "model_args"):
+        there, here = shown(getattr(theirs, field)), shown(getattr(ours, field))
+        return f"{field} is {there} there and {here} here: give the options that it was made with"
+    return f"{field} differs from this one: {_way_out(field, theirs, ours)}"
+
+
 def _way_out(field: str, theirs: Card, ours: Card) -> str:
     """What to do where a field of two cards differs; the stored values of the preprocessing are named."""
-    if field == "rules":
-        return "calibrate with this config"
     if field == "classes" and sorted(theirs.classes) == sorted(ours.classes):
         first = ", ".join(theirs.classes[:4])
         return (

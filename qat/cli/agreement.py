@@ -8,7 +8,7 @@ from typing import Any
 
 from qat.checkpoint import REPLACED_BY_A_CARD, Card
 from qat.errors import QatError
-from qat.models.arch import find_architecture
+from qat.models.arch import find_architecture, without_tag
 from qat.recipe import Rule, read_rules
 
 TRAINER_KEYS = ("accumulate_grad_batches", "callbacks", "check_val_every_n_epoch", "devices", "gradient_clip_val",
@@ -28,7 +28,10 @@ def check_agreement(card: Card, path: Path, given: Mapping[str, Any], chosen: in
         named = find_architecture(options["arch"])
         options |= {"arch": named.name, "model_args": {**named.model_args, **(options.get("model_args") or {})}}
     for key in ("arch", "model_args", "num_classes"):
-        if options.get(key, None) is not None and options[key] != getattr(card, key):
+        wanted, stored = options.get(key, None), getattr(card, key)
+        if key == "arch" and wanted is not None:  # its tag names weights, and the checkpoint has them
+            wanted, stored = without_tag(wanted), without_tag(stored)
+        if wanted is not None and wanted != stored:
             raise _contradiction(path, f"model.{key}", options[key], getattr(card, key))
     recipe = {key: options[key] for key in RECIPE_KEYS if options.get(key, None) is not None}
     tables = (card.rules, card.rules[: max(len(card.rules) - chosen, 0)])  # options may repeat what was added

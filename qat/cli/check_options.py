@@ -107,6 +107,11 @@ def check_options(verb: str, config: Any) -> None:
     check_name(config.name)
     if config.model.trust:
         raise QatError("model.trust is true: on a command line it is --trust true, for all files together")
+    if verb == "fit" and config.resume is not None and config.ckpt is not None:
+        raise QatError(
+            f"--resume is {config.resume}, and --ckpt is {config.ckpt}: one goes on with a calibration, the other with "
+            "the training after it; leave one out"
+        )
     if verb in ("validate", "calibrate"):
         check_folder("--results_file", config.results_file)
     if verb == "calibrate":

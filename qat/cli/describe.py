@@ -58,7 +58,11 @@ def run(verb: str, arguments: Sequence[str]) -> Cost:
 
 def show_model(model: nn.Module, arch: str, size: int, full: bool) -> Cost:
     """Print the table of a model and its cost for an image of ``size`` pixels; ``full``: a line for every site."""
-    Console().print(as_table(describe(model), full))
+    console = Console()
+    table = as_table(describe(model), full)
+    if not console.is_terminal:  # a file or a pipe has lines of any length
+        console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
     total = cost(model, size)
     show(
         f"{arch}: {summary(model)}",

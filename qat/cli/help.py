@@ -33,6 +33,7 @@ EXAMPLES = {
     "calibrate": (
         "qat calibrate --config configs/ptq/repq_vit.yaml --data.root DIR",
         "qat calibrate --config configs/ptq/repq_vit.yaml --data.images PHOTOS",
+        "qat calibrate --resume last            # go on with one that was killed",
     ),
     "predict": ("qat predict --ckpt last --data.images PHOTOS --output predictions.csv",),
     "describe": ("qat describe --config configs/deit_t_w4a4.yaml", "qat describe --ckpt last --full true"),
@@ -46,7 +47,7 @@ COMMON: dict[str, dict[str, tuple[str, ...]]] = {  # of each verb: title of a gr
         "training": ("data.global_batch_size", "data.batch_size", "data.crops_per_image", "data.crop_epochs",
                      "data.workers", "model.lr", "model.step_lr", "model.warmup_steps", "model.weight_decay",
                      "model.drop_path", "model.teacher", "model.regularizers", "calibration.method",
-                     "calibration.images", "save_every", "seed_everything"),
+                     "calibration.images", "resume", "save_every", "seed_everything"),
     },
     "validate": {
         "files and folders": ("config", "ckpt", "data.root", "results_file", "data.val_batch_size", "data.workers"),
@@ -57,7 +58,8 @@ COMMON: dict[str, dict[str, tuple[str, ...]]] = {  # of each verb: title of a gr
         "files and folders": ("config", "data.root", "data.images", "validate", "results_file", "name", "runs",
                               "data.val_batch_size", "data.workers"),
         "the model": MODEL,
-        "calibration": ("calibration.method", "calibration.images", "calibration.batch_size", "calibration.seed"),
+        "calibration": ("calibration.method", "calibration.images", "calibration.batch_size", "calibration.seed",
+                        "resume"),
     },
     "predict": {
         "files and folders": ("config", "ckpt", "data.images", "output", "data.val_batch_size", "data.workers"),

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from qat.cli.config_file import WAY_OUT, is_ours
 from qat.errors import QatError
@@ -123,3 +123,11 @@ def _module_of(found: Any) -> str:
         return module
     owner = getattr(found, "__self__", found)
     return owner.__name__ if isinstance(owner, ModuleType) else str(getattr(owner, "__module__", "builtins"))
+
+
+def constructor_hints(kind: type) -> dict[str, Any]:
+    """The annotations of what a class is built with; a dataclass may inherit some, whose names its own file lacks."""
+    if not is_dataclass(kind):
+        return get_type_hints(kind.__init__, include_extras=True)  # type: ignore[misc]
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind) if field.init}

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -28,7 +29,7 @@ from qat.cli.parse import SET_UP, instantiate
 from qat.cli.parts import all_loggers, as_list, best_of, check_processes, recorders
 from qat.cli.run_folder import RunFolder
 from qat.cli.run_of_ckpt import find_origin, origin_of, run_name
-from qat.cli.save_config import SaveConfig
+from qat.cli.save_config import SaveConfig, write_config
 from qat.cli.settle import settle
 from qat.cli.summary import after_calibration, after_training, show
 from qat.cli.trainer import TRAINER_DEFAULTS, Trainer
@@ -151,8 +152,11 @@ class QatCLI(LightningCLI):
         kwargs["enable_progress_bar"] = bar
         if self._runs_on_one_device():
             kwargs["devices"] = 1
-        keeps = self.verb == "calibrate"
-        calibrate = [Calibrate(options.calibration, self.folder.path, keeps)] if self.calibrates else []
+        calibrate = []
+        if self.calibrates:
+            given = (self._parser(self.verb), self.config[self.verb], self.replaced)
+            begin, keeps = partial(write_config, *given, run / config_name(run)), self.verb in ("fit", "calibrate")
+            calibrate = [Calibrate(options.calibration, self.folder.path, keeps, begin)]
         try:
             if config.max_time is not None:
                 callbacks.append(TimeLimit(config.max_time))

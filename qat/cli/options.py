@@ -45,7 +45,13 @@ RESULTS_FILE = Option(
     "JSON file to write: top1 and top5 in percent, loss, images, seconds, model, recipe, size_mb, and "
     "calibration, where there was one. A run that calibrates writes it to its folder in any case.",
 )  # fmt: skip
+RESUME = Option(
+    Path | None, None,
+    "go on with a calibration that was killed, after the last unit that it finished: its folder, or the word last for "
+    "the newest one. Without a --config, its own is taken; the other options are the same as before.",
+)  # fmt: skip
 OF_ONE_VERB = {
+    "fit": {"resume": RESUME},
     "validate": {"results_file": RESULTS_FILE},
     "calibrate": {
         "validate": Option(
@@ -53,11 +59,7 @@ OF_ONE_VERB = {
             "evaluate the calibrated model; when null, where there are validation images in data.root.",
         ),
         "results_file": RESULTS_FILE,
-        "resume": Option(
-            Path | None, None,
-            "go on with a calibration that was killed, after the last unit that it finished: its folder, or the word "
-            "last for the newest one of this name. The other options are the same as before.",
-        ),
+        "resume": RESUME,
     },
     "predict": {
         "output": Option(Path | None, None, "CSV file to write: path, then class and probability, best first.")

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_type_hints
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import register_type
 
-from qat.cli.imports import Imports, checked, typed_names
+from qat.cli.imports import Imports, checked, constructor_hints, typed_names
 from qat.cli.words import says_trust
 from qat.errors import UNREADABLE, QatError, first_line
 from qat.ranges import describe_hint, shown
@@ -191,7 +191,7 @@ def _in_class(key: str, path: str, text: str) -> QatError:
     """What is wrong with an option of a class that an option names."""
     name = path.rpartition(".")[2]
     kind, text = _import(path), OTHERS.split(text)[0]  # what other members of a union would take follows
-    hints = get_type_hints(kind.__init__, include_extras=True) if kind is not None else {}
+    hints = constructor_hints(kind) if kind is not None else {}
     if found := NO_OPTION.search(text):
         near = get_close_matches(found[1], hints, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(k for k in hints if k != 'return')}"

@@ -40,12 +40,12 @@ class RunFolder:
             else:
                 before = origin.ckpt.resolve().parent.parent.name if origin.ckpt and origin.config else None
                 model = Path(config.model.arch.rpartition(":")[2]).name  # it may name a folder or a repository
-                name = name or before or model
-                self.path = (
-                    self._made(config.runs, name)
-                    if resume is None
-                    else unfinished_folder(resume.expanduser(), config.runs, name)
-                )
+                if origin.resumed is not None:
+                    self.path = origin.resumed
+                elif resume is not None:  # it stands in a config
+                    self.path = unfinished_folder(resume.expanduser(), config.runs, name)
+                else:
+                    self.path = self._made(config.runs, name or before or model)
             self._lock = FolderLock(self.path) if first_process() else None
         return self.path
 

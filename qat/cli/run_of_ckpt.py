@@ -11,7 +11,7 @@ import yaml
 from qat.cli.words import given_configs, last_value
 from qat.data.splits import HUB
 from qat.errors import UNREADABLE, QatError
-from qat.runs.folder import find_checkpoint, names_a_run, newest_config
+from qat.runs.folder import find_checkpoint, names_a_run, newest_config, unfinished_folder
 
 PLACES = ("root", "class_map", "val_labels")  # options of ``data`` that are paths
 NUMBERS = ("workers", "val_batch_size")
@@ -24,11 +24,13 @@ class Origin(NamedTuple):
         ckpt: file of ``--ckpt``; None without one.
         goes_on: the run goes on in its own folder.
         config: newest config of the run that the checkpoint is from; None where there is none beside it.
+        resumed: folder of a calibration that was killed and goes on; None for none.
     """
 
     ckpt: Path | None
     goes_on: bool
     config: Path | None
+    resumed: Path | None = None
 
     def arguments(self, verb: str, given: Sequence[str]) -> list[str]:
         """The words of a command, preceded by what it takes from the run; later words win.
@@ -36,6 +38,8 @@ class Origin(NamedTuple):
         Raises:
             QatError: the command resumes a checkpoint without a config, neither given nor beside it.
         """
+        if self.resumed is not None and self.config is not None and not given_configs(given):
+            return ["--config", str(self.config), *given]
         if verb == "fit" and self.ckpt is not None and not given_configs(given):
             if self.config is None:
                 raise QatError(
@@ -54,11 +58,14 @@ def find_origin(verb: str, given: Sequence[str]) -> Origin:
     Raises:
         QatError: there is no such run.
     """
-    ckpt, runs, name = (last_value(given, f"--{option}") for option in ("ckpt", "runs", "name"))
+    ckpt, resume, runs, name = (last_value(given, f"--{option}") for option in ("ckpt", "resume", "runs", "name"))
+    named, folder = run_name(name, given_configs(given)), Path(runs or "runs").expanduser()
+    if resume not in ("", "null"):
+        resumed = unfinished_folder(Path(resume).expanduser(), folder, named)
+        return Origin(None, False, newest_config(resumed), resumed)
     if ckpt in ("", "null"):
         return Origin(None, False, None)
-    named = run_name(name, given_configs(given))
-    return origin_of(verb, Path(ckpt).expanduser(), Path(runs or "runs").expanduser(), named)
+    return origin_of(verb, Path(ckpt).expanduser(), folder, named)
 
 
 def run_name(name: str | None, configs: Sequence[str]) -> str | None:
@@ -68,7 +75,7 @@ def run_name(name: str | None, configs: Sequence[str]) -> str | None:
 
 def origin_of(verb: str, ckpt: Path, runs: Path, name: str | None) -> Origin:
     """The run that a ``--ckpt`` names; the arguments are those of `find_checkpoint`."""
-    file = find_checkpoint(ckpt, runs, name)
+    file = find_checkpoint(ckpt, runs, name, trains=verb == "fit")
     return Origin(file, verb == "fit" and names_a_run(ckpt), newest_config(file.parent))
 
 

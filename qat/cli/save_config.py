@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import SaveConfigCallback
 
 from qat.runs.writing import replacing
@@ -42,14 +43,29 @@ class SaveConfig(SaveConfigCallback):
         """Write the file."""
         if not trainer.is_global_zero:
             return
-        config = self.config.clone()
-        for name in AS_GIVEN:
-            config.model[name] = self.replaced.get(name, config.model[name])
-        config = with_absolute_paths(config)
-        config.trust = config.model.trust = False  # only a command line can say it
-        text = self.parser.dump(config, skip_unset=False)
-        with replacing(self.folder / self.config_filename) as file:
-            file.write(text)
+        write_config(self.parser, self.config, self.replaced, self.folder / self.config_filename)
+
+
+def write_config(parser: ArgumentParser, options: Any, replaced: Mapping[str, Any], path: Path) -> Path:
+    """Write the options of a command, and return the path of the file.
+
+    Args:
+        parser: of the command.
+        options: all of them.
+        replaced: options of the model before those of a checkpoint took their place.
+        path: of the YAML file.
+    """
+    config = options.clone()
+    for name in AS_GIVEN:
+        config.model[name] = replaced.get(name, config.model[name])
+    config = with_absolute_paths(config)
+    config.trust = config.model.trust = False  # only a command line can say it
+    if "resume" in config:
+        config.resume = None
+    text = parser.dump(config, skip_unset=False)
+    with replacing(path) as file:
+        file.write(text)
+    return path
 
 
 def with_absolute_paths(config: Any) -> Any:

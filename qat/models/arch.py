@@ -50,6 +50,14 @@ class Architecture:
         return self.cfg.get("num_classes")
 
 
+def without_tag(name: str) -> str:
+    """The name of an architecture without what names its weights: of vit_tiny_patch16_224.augreg, vit_tiny_patch16_224.
+
+    Names of folders and repositories (``local-dir:``, ``hf-hub:``) have no tag.
+    """
+    return name if ":" in name else str(split_model_name_tag(name)[0])
+
+
 def check_arch(arch: str) -> None:
     """Raise QatError for a name, or tag, that timm does not know; a folder or the hub is read."""
     find_architecture(arch)

@@ -8,6 +8,7 @@ that is computed again gives the same bits, so that a calibration that was inter
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ class UnitStore:
         if found is None and self.count():
             raise QatError(f"{folder / WHAT} is missing or damaged, and tells what the units are of: remove {folder}")
         if found is not None and found != self.what:
-            other = [key for key in self.what if found.get(key) != self.what[key]]
+            key = next((key for key in self.what if found.get(key) != self.what[key]), "format")
             raise QatError(
-                f"{folder} is of a calibration with another {other[0] if other else 'option'} "
-                f"({found.get(other[0]) if other else found}): give the same options, or start a new one"
+                f"{folder} is of another calibration: its {key} {'are' if key.endswith('s') else 'is'} "
+                f"{different(found.get(key), self.what.get(key))}; give the same options, or start a new one"
             )
 
     def _found(self) -> dict[str, Any] | None:
@@ -133,6 +134,17 @@ class UnitStore:
         except Exception as error:  # torch has no common base for what a damaged file raises
             raise QatError(f"{path} cannot be read ({type(error).__name__}): remove it to do its unit again") from None
         return content
+
+
+def different(then: Any, now: Any) -> str:
+    """Two values, and of long ones, such as a method with its options, the parts in which they differ."""
+    if re.fullmatch(r"[0-9a-f]{64}", str(then)):
+        return "another one"  # of a hash there is no more to say
+    parts = [re.split(r", (?=\w+=)", str(value)) for value in (then, now)]
+    if len(parts[0]) > 1 and len(parts[0]) == len(parts[1]):
+        pairs = [(mine, theirs) for mine, theirs in zip(*parts, strict=True) if mine != theirs]
+        then, now = (", ".join(part.rstrip(")") for part in side) for side in zip(*pairs, strict=True))
+    return f"{then}, and here {now}"
 
 
 def remove_units(folder: Path) -> None:

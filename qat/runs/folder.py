@@ -36,59 +36,83 @@ def fresh_folder(parent: Path) -> Path:
     raise QatError(f"--runs: {parent} has 99 runs that were started in this second")
 
 
-def last_folder(runs: Path, name: str | None = None) -> Path:
-    """The newest run in ``runs``, or of one name; QatError if there is none, or if it has no last.ckpt.
+def last_checkpoint(runs: Path, name: str | None = None, trains: bool = False) -> Path:
+    """The checkpoint of the newest run in ``runs``, or of one name.
 
-    A folder without a config does not count: its command ended before training started.
+    A folder without a config does not count: its command ended before it calibrated or trained.
+
+    Args:
+        runs: folder of all runs.
+        name: of the runs that are meant; None for all.
+        trains: training resumes from it, so it must be a last.ckpt; otherwise that of a calibration serves too.
+
+    Raises:
+        QatError: there is no run, or the newest one has no such checkpoint.
     """
     parent = runs if name is None else parent_of_runs(runs, name)
     depth = "*/*" if name is None else "*"
     folders = [path.parent for path in parent.glob(f"{depth}/{CONFIG}")]
     if not folders:
         raise QatError(f"--ckpt last: no run in {parent}; --runs says where runs are, --name which ones are meant")
-    newest = max(folders, key=_age)
-    if not (newest / LAST).is_file():
-        raise QatError(
-            f"--ckpt last: the newest run, {newest}, ended before its first {LAST}; leave --ckpt out to start again, "
-            "or give the checkpoint or the folder of an older run as --ckpt"
-        )
-    return newest
+    newest: Path = max(folders, key=_age)
+    found = [newest / name for name in ((LAST,) if trains else (LAST, CALIBRATED)) if (newest / name).is_file()]
+    if found:
+        return found[0]
+    raise QatError(f"--ckpt last: the newest run, {newest}, ended before its first {LAST}; {_way_out(newest)}")
 
 
-def unfinished_folder(resume: Path, runs: Path, name: str) -> Path:
+def _way_out(folder: Path) -> str:
+    """How to go on with a run that has no last.ckpt."""
+    if any((folder / UNITS).glob("*.pt")):
+        return f"it was calibrating: --resume {folder} in place of --ckpt goes on"
+    if (folder / CALIBRATED).is_file():
+        return f"its calibration is there: give {folder / CALIBRATED} as --model.quant_checkpoint"
+    return "leave --ckpt out to start again, or give the checkpoint or the folder of an older run as --ckpt"
+
+
+def unfinished_folder(resume: Path, runs: Path, name: str | None) -> Path:
     """The folder of a calibration that was killed.
 
     Args:
         resume: that folder, or the word ``last`` for the newest one.
         runs: folder of all runs.
-        name: of the runs among which the newest is meant.
+        name: of the runs among which the newest is meant; None for all.
 
     Raises:
-        QatError: nothing in it is finished.
+        QatError: the calibration has ended, or nothing in the folder is finished.
     """
-    parent = parent_of_runs(runs, name)
-    found = [path.parents[1] for path in parent.glob(f"*/{UNITS}/*.json")] if resume == NEWEST else [resume]
-    folder = max(found, key=_age) if found else parent
-    if not any((folder / UNITS).glob("*.pt")):
+    folder = resume
+    if resume == NEWEST:
+        parent = runs if name is None else parent_of_runs(runs, name)
+        found = [path.parents[1] for path in parent.glob(f"{'*/*' if name is None else '*'}/{UNITS}/*.json")]
+        ended = [path.parent for path in parent.glob(f"{'*/*' if name is None else '*'}/{CALIBRATED}")]
+        folder = max(found or ended, key=_age) if found or ended else parent
+    if any((folder / UNITS).glob("*.pt")):
+        return folder
+    if (folder / CALIBRATED).is_file():
         raise QatError(
-            f"--resume: {folder} keeps nothing that a killed calibration could go on from; to start one, leave it out"
+            f"--resume: the calibration of {folder} has ended: give {folder / CALIBRATED} as --ckpt to qat validate, "
+            "or as --model.quant_checkpoint to qat fit"
         )
-    return folder
+    raise QatError(
+        f"--resume: {folder} keeps nothing that a killed calibration could go on from; to start one, leave it out"
+    )
 
 
-def find_checkpoint(ckpt: Path, runs: Path, name: str | None) -> Path:
+def find_checkpoint(ckpt: Path, runs: Path, name: str | None, trains: bool = False) -> Path:
     """The file that ``--ckpt`` means.
 
     Args:
         ckpt: a file, the folder of a run, or the word ``last`` for the newest run.
         runs: folder of all runs.
         name: name of the runs among which the newest is meant; all when None.
+        trains: training resumes from it.
 
     Raises:
         QatError: there is no such run, or its folder has no checkpoint.
     """
     if ckpt == NEWEST:
-        return last_folder(runs, name) / LAST
+        return last_checkpoint(runs, name, trains)
     if not ckpt.is_dir():
         return ckpt
     for file in (ckpt / LAST, ckpt / CALIBRATED):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat import checkpoint as checkpoints
 from qat.errors import QatError
 from qat.models import build_float, default_preprocessing
-from qat.models.arch import find_architecture
+from qat.models.arch import find_architecture, without_tag
 from qat.preprocessing import Preprocessing
 
 
@@ -72,8 +72,9 @@ def build_teacher(
             return Teacher(build_float(arch, weights), default_preprocessing(arch), num_classes)
         model = checkpoints.load(weights, trust)
     except QatError as error:
-        raise QatError(f"{option}: {error}") from None
-    if card.arch != find_architecture(arch).name:
+        text = str(error).replace(", or --model.checkpoint null for random weights", "")
+        raise QatError(f"{option}: {text.replace('--model.checkpoint', f'--{option}_checkpoint')}") from None
+    if without_tag(card.arch) != without_tag(find_architecture(arch).name):
         raise QatError(f"{option} is {arch}, but {weights} is a checkpoint of {card.arch}")
     if card.classes and classes and card.classes != list(classes):
         raise QatError(f"{option}: {weights} was trained on other classes, first {card.classes[:2]}, not {classes[:2]}")

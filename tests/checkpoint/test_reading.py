@@ -154,8 +154,20 @@ def test_a_calibration_fits_where_other_rules_say_the_same(saved, tmp_path):
     path, card = write(content, tmp_path / "ptq.ckpt"), Card.from_dict(content["qat"], "a.ckpt")
     unused = {"match": "*.mlp_out_proj.input_quant", "spec": None, "optional": True}
     load_into(model, replace(card, rules=[*card.rules, unused]), path)
-    with pytest.raises(QatError, match="rules differs from this one: calibrate with this config"):
+    with pytest.raises(
+        QatError, match=r"with LSQ.* at 'head.input_quant', and here it is floating point: give the bits"
+    ):
         load_into(model, replace(card, rules=[*card.rules, {"match": "head*", "spec": None}]), path)
+
+
+def test_a_calibration_serves_the_same_architecture_with_another_tag(saved, tmp_path):
+    model, content = saved
+    path, card = write(content, tmp_path / "ptq.ckpt"), Card.from_dict(content["qat"], "a.ckpt")
+    load_into(model, replace(card, arch=f"{ARCH}.fb_in1k"), path)
+    with pytest.raises(QatError, match=f"arch is '{ARCH}' there and 'deit_small_patch16_224' here: give the options"):
+        load_into(model, replace(card, arch="deit_small_patch16_224"), path)
+    with pytest.raises(QatError, match="num_classes is 3 there and 4 here"):
+        load_into(model, replace(card, num_classes=4, classes=[]), path)
 
 
 def test_the_way_out_names_the_values_that_a_calibration_was_made_with(saved, tmp_path):

@@ -102,7 +102,9 @@ def test_training_images_alone_are_enough(recipe, train_only, tmp_path, capsys, 
     assert f"no validation images (data.root is {train_only})" in caplog.text
     assert cli.trainer.world_size == 1
     folder = folder_of(tmp_path / "runs")
-    assert {path.name for path in folder.iterdir()} == {"ptq.ckpt", "quantization.csv", "results.json", "run.lock"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "ptq.ckpt", "quantization.csv", "results.json", "run.lock"
+    }  # fmt: skip
     results = written(folder)
     assert not {"top1", "top5", "loss", "images", "seconds"} & results.keys()
     assert results["calibration"]["images"] == 8
@@ -241,20 +243,50 @@ def test_a_calibration_that_was_stopped_goes_on(word, recipe, images, tmp_path, 
     assert capsys.readouterr().err.splitlines()[-1] == line
     again = ["--resume", "last" if word == "last" else str(folder)]
     assert main([*words, "--name", "stopped", *again, "--calibration.seed", "1"]) == 2
-    assert "is of a calibration with another seed (0)" in capsys.readouterr().err
+    assert "is of another calibration: its seed is 0, and here 1" in capsys.readouterr().err
     shutil.copytree(images, tmp_path / "others")
     assert main([*words, "--name", "stopped", *again, "--data.root", str(tmp_path / "others")]) == 2
-    assert "is of a calibration with another place" in capsys.readouterr().err
+    assert "is of another calibration: its place is" in capsys.readouterr().err
     assert main([*words, "--name", "stopped", *again, "--seed_everything", "7"]) == 2  # the weights are random
-    assert "is of a calibration with another weights" in capsys.readouterr().err
-    assert main([*words, "--name", "stopped", *again]) == 0
+    assert "its weights are another one; give the same options" in capsys.readouterr().err
+    if word == "last":  # nothing else is needed: the folder has the config
+        assert main(["calibrate", "--resume", "last", "--runs", str(tmp_path / "runs"), "--name", "stopped"]) == 0
+    else:
+        assert main([*words, "--name", "stopped", *again]) == 0
     assert not (folder / "units").exists()
     (whole,) = (tmp_path / "runs/whole").glob("*/ptq.ckpt")
     contents = [torch.load(path, weights_only=True)["state_dict"] for path in (whole, folder / "ptq.ckpt")]
     assert contents[0].keys() == contents[1].keys()
     assert all(torch.equal(value, contents[1][name]) for name, value in contents[0].items())
     assert main([*words, "--name", "stopped", *again]) == 2
-    assert "keeps nothing that a killed calibration could go on from" in capsys.readouterr().err
+    assert f"the calibration of {folder} has ended: give {folder / 'ptq.ckpt'} as --ckpt" in capsys.readouterr().err
+    assert main(["validate", "--ckpt", "last", "--runs", str(tmp_path / "runs"), "--data.root", str(images)]) == 0
+
+
+def test_a_training_that_was_stopped_while_it_calibrated_goes_on(recipe, images, tmp_path, monkeypatch, capsys):
+    runs = ("--runs", str(tmp_path / "runs"))
+    words = ["fit", "--config", str(recipe), *runs, "--data.root", str(images), "--trainer.max_steps", "2",
+             "--data.global_batch_size", "4"]  # fmt: skip
+    whole = run([*words, "--name", "whole"])
+    saved, save = itertools.count(1), UnitStore.save
+
+    def stop(self, here):
+        save(self, here)
+        if next(saved) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(UnitStore, "save", stop)
+    assert main([*words, "--name", "stopped"]) == 128 + signal.SIGTERM
+    (folder,) = (tmp_path / "runs/stopped").iterdir()
+    assert f"the same command with --resume {folder} goes on" in capsys.readouterr().err
+    assert main(["fit", "--ckpt", "last", *runs, "--name", "stopped"]) == 2
+    assert f"it was calibrating: --resume {folder} in place of --ckpt goes on" in capsys.readouterr().err
+    assert main(["fit", "--ckpt", "last", "--resume", "last", *runs, "--name", "stopped"]) == 2
+    assert "leave one out" in capsys.readouterr().err
+    again = run(["fit", "--resume", "last", *runs, "--name", "stopped"])
+    assert again.trainer.global_step == 2
+    assert again.trainer.default_root_dir == str(folder) or Path(again.trainer.default_root_dir) == folder
+    assert same(whole, again)
 
 
 @pytest.fixture

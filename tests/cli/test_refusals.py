@@ -5,6 +5,7 @@ Each row was a traceback, came after minutes of work, or was accepted without a 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shlex
@@ -16,9 +17,12 @@ import pytest
 import torch
 from jsonargparse import _typehints
 
-from qat.cli.imports import Imports, checked, typed_names
+from qat.cli.imports import Imports, checked, constructor_hints, typed_names
 from qat.cli.main import main
 from qat.errors import QatError, bad_input
+from qat.ptq import PTQMethod
+from qat.ptq.reconstruction.learned_weights import WeightRule
+from qat.ptq.reconstruction.losses import ReconstructionLoss
 
 FIT = """
 --model.lr 1e300                            | model.lr is 1e+300: give a number above 0
@@ -123,6 +127,9 @@ FIT = """
 --calibration.method OutputSearch --calibration.method.rounds 0 | OutputSearch: rounds is 0
 --calibration.method RepQViT --calibration.method.shares [0.3] | RepQViT: shares is [0.3]
 --calibration.method RepQViT --calibration.method.shars [1] | RepQViT has no option 'shars': did you mean shares?
+--calibration.method QDrop --calibration.method.iteration 3 | QDrop has no option 'iteration': did you mean iterations?
+--calibration.method QDrop --calibration.method.lr fast | QDrop.lr is fast: give a number
+--calibration.method PTQ4ViT --calibration.method.round 3 | PTQ4ViT has no option 'round': did you mean rounds?
 --seed_everything -1                        | seed_everything is -1
 --seed_everything 4294967296                | seed_everything is 4294967296
 --save_every 0                              | save_every is 0
@@ -452,3 +459,17 @@ def test_errors_of_the_system_that_a_user_can_change_are_one_line() -> None:
     assert bad_input(OSError(errno.ENOENT, "No such file or directory", "x")) is None  # a defect of ours
     assert bad_input(ValueError("a defect")) is None
     assert isinstance(bad_input(QatError("bad input")), QatError)
+
+
+def test_the_options_of_every_method_and_of_its_parts_are_known_with_their_types():
+    import qat.ptq  # noqa: F401  registers all of them
+
+    waiting: list[type] = [PTQMethod, WeightRule, ReconstructionLoss]
+    seen = 0
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        if kind.__module__.startswith("qat.") and dataclasses.is_dataclass(kind):
+            assert {field.name for field in dataclasses.fields(kind)} == constructor_hints(kind).keys()
+            seen += 1
+    assert seen > 25

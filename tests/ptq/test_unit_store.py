@@ -170,7 +170,7 @@ def test_another_calibration_is_refused(tmp_path):
     store = UnitStore(tmp_path, {"method": repr(method), "seed": 0})
     store.save_state("key", {})
     UnitStore(tmp_path, {"method": repr(method), "seed": 0})
-    with pytest.raises(QatError, match=r"is of a calibration with another seed \(0\)"):
+    with pytest.raises(QatError, match=r"is of another calibration: its seed is 0, and here 1"):
         UnitStore(tmp_path, {"method": repr(method), "seed": 1})
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from qat.errors import QatError
-from qat.runs.folder import config_name, find_checkpoint, last_folder, newest_config, parent_of_runs
+from qat.runs.folder import config_name, find_checkpoint, last_checkpoint, newest_config, parent_of_runs
 
 
 def test_the_newest_run_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(QatError, match="no run in"):
-        last_folder(tmp_path, "a")
+        last_checkpoint(tmp_path, "a")
     for run in (
         "a/2026-01-01_00-00-00",
         "a/2026-02-01_00-00-00-9",
@@ -23,11 +23,21 @@ def test_the_newest_run_is_resumed(tmp_path: Path) -> None:
         (tmp_path / run / "last.ckpt").touch()
         (tmp_path / run / "config.yaml").touch()
     (tmp_path / "a/2026-03-01_00-00-00").mkdir()  # refused before it began
-    assert last_folder(tmp_path, "a").name == "2026-02-01_00-00-00-10"
-    assert last_folder(tmp_path).name == "2026-02-02_00-00-00"
-    (tmp_path / "a/2026-03-01_00-00-00/config.yaml").touch()
-    with pytest.raises(QatError, match=r"2026-03-01_00-00-00, ended before its first last\.ckpt"):
-        last_folder(tmp_path)
+    assert last_checkpoint(tmp_path, "a") == tmp_path / "a/2026-02-01_00-00-00-10/last.ckpt"
+    assert last_checkpoint(tmp_path) == tmp_path / "b/2026-02-02_00-00-00/last.ckpt"
+    newest = tmp_path / "a/2026-03-01_00-00-00"
+    (newest / "config.yaml").touch()
+    with pytest.raises(QatError, match=r"2026-03-01_00-00-00, ended before its first last\.ckpt; leave --ckpt out"):
+        last_checkpoint(tmp_path)
+    (newest / "units").mkdir()
+    (newest / "units/unit_000.pt").touch()
+    with pytest.raises(QatError, match=r"it was calibrating: --resume .*2026-03-01_00-00-00 in place of --ckpt"):
+        last_checkpoint(tmp_path)
+    (newest / "units/unit_000.pt").unlink()
+    (newest / "ptq.ckpt").touch()
+    assert last_checkpoint(tmp_path) == newest / "ptq.ckpt"
+    with pytest.raises(QatError, match=r"its calibration is there: give .*ptq\.ckpt as --model\.quant_checkpoint"):
+        last_checkpoint(tmp_path, trains=True)
 
 
 def test_configs_are_numbered(tmp_path: Path) -> None:

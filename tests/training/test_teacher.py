@@ -97,6 +97,20 @@ def test_one_of_our_checkpoints_teaches_as_it_describes_itself(own_checkpoint):
     assert torch.equal(teacher(images), model(teacher.preprocessing.normalize(images)))
 
 
+def test_a_tag_names_weights_and_no_other_architecture(own_checkpoint):
+    assert build_teacher("deit_tiny_patch16_224.fb_in1k", own_checkpoint[1], 10).model is not None
+
+
+def test_weights_that_cannot_be_downloaded_are_given_as_those_of_the_teacher(monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("qat.models.build._create", fails)
+    with pytest.raises(QatError, match=r"--model\.teacher_checkpoint FILE$") as error:
+        build_teacher(ARCH, "pretrained", 1000)
+    assert "--model.checkpoint" not in str(error.value)
+
+
 def test_one_of_our_checkpoints_must_be_of_the_architecture_named(own_checkpoint):
     with pytest.raises(QatError, match=r"model.teacher is deit_small.*last.ckpt is a checkpoint of deit_tiny"):
         build_teacher("deit_small_patch16_224", own_checkpoint[1], 10)

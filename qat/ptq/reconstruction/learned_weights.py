@@ -102,6 +102,7 @@ class UnitTraining(Protocol):
     images: Tensor
     groups: list[Group]
     batch: int
+    title: str
 
     def learning(self) -> AbstractContextManager[None]:
         """Gradients for what is learned, inside the block."""

@@ -96,6 +96,7 @@ class LowRank(WeightRule):
             return
         mixed = {site.name: MixedRanks(site, self.search, self.kind, generator) for site in sites}
         with train(mixed) as training, training.learning():
+            training.title = "search of ranks, "
             if len(training.images) < 2:
                 raise QatError("LowRank searches ranks on two parts of the images: give more images, or a rank")
             order = training.images[torch.randperm(len(training.images), generator=generator)]

@@ -68,7 +68,12 @@ class Training:
         batch: B.
         held: share of the images that only choose between states.
         autocast: compute products in bfloat16.
+
+    Attributes:
+        title: what the progress says before the loss.
     """
+
+    title = ""
 
     def __init__(
         self, data: UnitData, inputs: Callable[[Tensor], Tensor], loss: UnitLoss, learned: Learned, batch: int,
@@ -96,7 +101,7 @@ class Training:
         self.steps.write()
         for parameter in (*self.learned(), *self.steps.leaves):
             parameter.grad = None
-        self.data.here.advance(lambda: f"loss {float(found.detach()):.3f}")
+        self.data.here.advance(lambda: f"{self.title}loss {float(found.detach()):.3f}")
 
     def run(self, rule: WeightRule, schedule: Schedule, generator: torch.Generator, key: str) -> None:
         """Train, and go back to the best state.
