@@ -8,6 +8,8 @@ and eight codes of 3 bits share three. Zeros fill the last byte up.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,14 +23,19 @@ def stream_size(count: int, bits: int) -> int:
     return -(-count * bits // BYTE)
 
 
+def container(bits: int) -> np.dtype[np.unsignedinteger[Any]]:
+    """The smallest type that holds codes of so many bits, the lowest byte first."""
+    return np.dtype("u1" if bits <= BYTE else "<u2" if bits <= 2 * BYTE else "<u4")
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """The stream, uint8, of codes from 0 to 2**bits - 1.
 
     Args:
         codes: integers in any shape.
-        bits: of a code, 1 to 16.
+        bits: of a code, 1 to 32.
     """
-    kind = np.dtype("<u2") if bits > BYTE else np.dtype("u1")
+    kind = container(bits)
     flat = codes.detach().cpu().flatten().numpy()
     parts = [np.empty(0, np.uint8)]
     for first in range(0, len(flat), CHUNK):
@@ -39,11 +46,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(stream: Tensor, bits: int, count: int) -> Tensor:
     """The first ``count`` codes (count,) of a stream that `pack` made, int32."""
-    kind = np.dtype("<u2") if bits > BYTE else np.dtype("u1")
+    kind = container(bits)
     found, data = np.empty(count, np.int32), stream.cpu().numpy()
     for first in range(0, count, CHUNK):
         last = min(first + CHUNK, count)
         part = data[first * bits // BYTE : stream_size(last, bits)]
         rows = np.unpackbits(part, count=(last - first) * bits, bitorder="little").reshape(-1, bits)
-        found[first:last] = np.packbits(rows, axis=1, bitorder="little").view(kind)[:, 0]
+        whole = np.zeros((last - first, BYTE * kind.itemsize), np.uint8)
+        whole[:, :bits] = rows
+        found[first:last] = np.packbits(whole, axis=1, bitorder="little").view(kind)[:, 0]
     return torch.from_numpy(found)

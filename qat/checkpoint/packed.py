@@ -9,7 +9,7 @@ is known of the calibration, and
     rest      float32 or float16
     sha256    of all that stands before it in the JSON, and of every tensor's name, dtype, shape and bytes
 
-A file of which a byte has changed is refused. Weights are read as the values of their codes: to quantize them again
+A file of which a value has changed is refused. Weights are read as the values of their codes: to quantize them again
 changes nothing, so logits are those of the checkpoint, to the bit.
 """
 
@@ -36,6 +36,8 @@ from qat.sites.insert import WeightSite, quantizers, weights
 
 SUFFIX = ".safetensors"
 CODES = "_codes"  # follows the name of a weight
+MOST_TEXT = 2**23  # characters of a card, of 22,000 classes or so; more would take gigabytes to look into
+KINDS = (torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
 Rest = Literal["float32", "float16"]
 
 
@@ -79,11 +81,18 @@ def packed_state(model: nn.Module, rest: Rest = "float32") -> tuple[dict[str, Te
         del state[name]
     own = {f"{name}.{key}" for name, quantizer in quantizers(model) for key in quantizer.state_dict()}
     for name, value in state.items():
-        if rest == "float16" and name not in own and value.dtype == torch.float32:
-            half = value.half()
-            value = half if bool(half.isfinite().all()) else value
+        if rest == "float16" and name not in own and fits_half(value):
+            value = value.half()
         state[name] = value.detach().cpu().contiguous().clone()  # two names may share memory, which the format refuses
     return state, packed
+
+
+def fits_half(value: Tensor) -> bool:
+    """Whether float16 holds a float32 tensor: no value is too large, and none is off by 2**-10 of the largest."""
+    if value.dtype != torch.float32 or not value.numel():
+        return False
+    half = value.half().float()
+    return bool(half.isfinite().all()) and float((half - value).abs().max()) <= 2**-10 * float(value.abs().max())
 
 
 def code_bits(quantizer: Quantizer) -> int:
@@ -157,12 +166,16 @@ def read_packed(path: Path, trust: bool = False) -> dict[str, Any]:
             "--model.checkpoint FILE"
         )
     try:
+        if len(stored) > MOST_TEXT:
+            raise ValueError
         header = json.loads(stored)
-        known = header["sha256"]
-    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+        known, own = header["sha256"], digest(header, tensors)
+    except (ValueError, KeyError, TypeError, RecursionError, NotImplementedError, RuntimeError):
         raise QatError(f"{path}: its card cannot be read: {DAMAGED}") from None
-    if known != digest(header, tensors):
+    if known != own:
         raise QatError(f"{path}: a part of it has changed since `qat export` wrote it: export again, or copy it again")
+    if odd := [name for name, value in tensors.items() if value.dtype not in KINDS]:
+        raise QatError(f"{path}: {odd[0]!r} is of {tensors[odd[0]].dtype}, which qat does not write: {DAMAGED}")
     card = Card.from_dict(header, str(path), trust)
     state = unpacked_state(outline(card, len(tensors)), header.get("packed"), tensors, str(path))
     described = {key: value for key, value in header.items() if key not in ("packed", "rest", "sha256", VERSION)}

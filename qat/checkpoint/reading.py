@@ -42,6 +42,8 @@ def find_card(path: str | Path, trust: bool = False) -> Card | None:
     try:
         content = _read_file(path, "--ckpt", trust)
     except QatError:
+        if is_packed(path):  # it says that it is one of ours
+            raise
         return None
     return Card.from_dict(content[KEY], str(path), trust)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.checkpoint import Card
-from qat.checkpoint.packed import Rest
+from qat.checkpoint.packed import Rest, fits_half
 from qat.data.calibration import calibration_loader
 from qat.data.images import EvalView, Images
 from qat.data.splits import loose_source
@@ -73,6 +73,4 @@ def compare(model: nn.Module, again: nn.Module, card: Card, rest: Rest, images: 
 
 def rounded(value: Tensor) -> Tensor:
     """A tensor as it is after it was stored in float16, where that can hold it."""
-    if value.dtype != torch.float32 or not bool((half := value.half()).isfinite().all()):
-        return value
-    return half.float()
+    return value.half().float() if fits_half(value) else value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from qat.sites.describe import cost, summary
 
 log = logging.getLogger(__name__)
 FAILED = ".failed"
-REPORT = ".export.json"
+REPORT = ".export.json"  # follows the name of the file
+EXACT = 1e-9  # the largest difference of logits in float64, as a share of the largest logit
 WEIGHTS = "model.safetensors"  # in a folder
 SUFFIXES = {"safetensors": SUFFIX, "folder": SUFFIX, "onnx": ".onnx"}
 EXACT_IMAGES = 2  # for the comparison in float64, which takes seconds for each
@@ -44,14 +46,13 @@ def export(options: ExportOptions) -> None:
             another name.
     """
     source = find_checkpoint(options.ckpt.expanduser(), options.runs.expanduser(), None)
-    _check_output(options, source)
+    file = _check_output(options, source)
     results = read_results(options.results)
     card, content = checkpoint.read(source, trust=options.trust)
     if not card.rules:
         raise QatError(f"{source} is a float model, which has no codes: give the checkpoint of a quantized one")
     images = comparison_images(options.images, Preprocessing(**card.preprocessing))
     model = checkpoint.load(source, options.trust)
-    file = options.output / WEIGHTS if options.format == "folder" else options.output
     write = _onnx(model, card, images, options) if options.format == "onnx" else _packed(
         model, card, content, images, options
     )  # fmt: skip
@@ -59,11 +60,11 @@ def export(options: ExportOptions) -> None:
     costs = cost(model, card.preprocessing["size"])
     sizes = {"size_mb": file.stat().st_size / 1e6, "described_mb": costs.size_mb, "float_size_mb": costs.float_size_mb}
     report = {"format": options.format, **sizes, "images": len(images), **found}
-    with replacing(file.with_name(file.stem + REPORT)) as opened:
+    with replacing(file.with_name(file.name + REPORT)) as opened:
         opened.write(json.dumps(report, indent=2) + "\n")
     if options.format == "folder":
         write_config(options.output / "config.json", model, card)
-        write_model_card(options.output / "README.md", model, card, content, report, results)
+        write_model_card(options.output / "README.md", model, card, content, report, results, options.base_model)
     log.info("%s: %s, %.3f MB (float32: %.2f MB); %s", file, card.arch, report["size_mb"], report["float_size_mb"],
              summary(model))  # fmt: skip
     log.info("%s", told)
@@ -71,8 +72,8 @@ def export(options: ExportOptions) -> None:
         log.info("next: qat validate --ckpt %s --data.root DIR", file)
 
 
-def _check_output(options: ExportOptions, source: Path) -> None:
-    """Raise QatError for an output that cannot, or must not, be written."""
+def _check_output(options: ExportOptions, source: Path) -> Path:
+    """The file of the weights; QatError for an output that cannot, or must not, be written."""
     output, whole, suffix = options.output, options.format == "folder", SUFFIXES[options.format]
     if is_packed(source) and options.format != "onnx":
         raise QatError(f"{source} is packed already: copy it, or export the checkpoint that it was made from")
@@ -80,14 +81,25 @@ def _check_output(options: ExportOptions, source: Path) -> None:
         raise QatError(f"--output is {output}: give a name that ends in {suffix}, or another --format")
     if not output.parent.is_dir():
         raise QatError(f"--output is {output}: there is no folder {output.parent}, create it first")
-    if output.exists() and (output.is_dir() != whole or not options.force):
-        what = f"a {'folder' if output.is_dir() else 'file'}"
-        raise QatError(f"--output is {output}, {what} that exists: give another name, or --force true to overwrite")
+    if output.exists() and output.is_dir() != whole:
+        raise QatError(
+            f"--output is {output}, which is {'a folder' if output.is_dir() else 'a file'}: give another name"
+        )
+    file = Path(os.path.realpath(output / WEIGHTS if whole else output))  # what a link leads to is replaced
+    for path in (output, file.with_name(file.name + REPORT), _unchecked(file)):
+        if path.exists() and not options.force:
+            raise QatError(f"--output is {output}, and {path} exists: give another name, or --force true to overwrite")
+    return file
+
+
+def _unchecked(file: Path) -> Path:
+    """The name of a file that is not checked yet."""
+    return file.with_name(f"{file.stem}{FAILED}{file.suffix}")
 
 
 def _checked(file: Path, write: Write) -> tuple[Found, str]:
     """Write a file under another name, and give it its own once its check has passed."""
-    unchecked = file.with_name(f"{file.stem}{FAILED}{file.suffix}")
+    unchecked = _unchecked(file)
     found = write(unchecked)
     with writing(file):
         unchecked.replace(file)
@@ -108,6 +120,11 @@ def _packed(
                 f"kept as {file}, do not use it"
             )
         told = f"read again: {found['tensors']} tensors as they should be"
+        if options.rest == "float32" and found["largest_logit_difference"] != 0:  # NaN is another one, too
+            raise QatError(
+                f"logits differ by {found['largest_logit_difference']:.2g} from those of the checkpoint: the file is "
+                f"kept as {file}, do not use it"
+            )
         if found["largest_logit_difference"] == 0:
             told += f", logits of {_count(images, options)} equal to the bit"
         elif options.images is None:
@@ -121,7 +138,9 @@ def _packed(
 
 def _onnx(model: nn.Module, card: checkpoint.Card, images: Tensor, options: ExportOptions) -> Write:
     """Writes an ONNX file, and runs it."""
-    from qat.export.graph.build import build
+    from qat.export.graph.build import build, need_packages
+
+    need_packages()
     from qat.export.graph.check import in_runtime, same_function
 
     preprocessing = Preprocessing(**card.preprocessing)
@@ -133,10 +152,10 @@ def _onnx(model: nn.Module, card: checkpoint.Card, images: Tensor, options: Expo
             opened.write(built.proto.SerializeToString())
         few = images[:EXACT_IMAGES] if options.pixels else normalized[:EXACT_IMAGES]
         different, count, distance = same_function(built, model, few, preprocessing)
-        if different:
+        if different or not distance <= EXACT:
             raise QatError(
-                f"in float64, {different} of {count} codes differ from those of the checkpoint: the file is kept as "
-                f"{file}, do not use it"
+                f"in float64, {different} of {count} codes and logits by {distance:.2g} differ from those of the "
+                f"checkpoint: the file is kept as {file}, do not use it"
             )
         found = in_runtime(file, model, images if options.pixels else normalized, normalized)
         told = f"in float64, all {count} codes of {len(few)} images are those of the checkpoint"

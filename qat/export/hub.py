@@ -12,6 +12,7 @@ from torch import nn
 
 from qat.checkpoint import KEY, Card
 from qat.errors import UNREADABLE, QatError
+from qat.models.arch import without_tag
 from qat.runs.writing import replacing
 from qat.sites.describe import cost, summary
 
@@ -67,7 +68,7 @@ def write_config(path: Path, model: nn.Module, card: Card) -> None:
 
 def write_model_card(
     path: Path, model: nn.Module, card: Card, content: Mapping[str, Any], report: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]], base: str | None,
 ) -> None:  # fmt: skip
     """Write the model card.
 
@@ -78,11 +79,13 @@ def write_model_card(
         content: of its checkpoint.
         report: of the export.
         results: of evaluations; what was not measured is not claimed.
+        base: the float model on the hub; that of timm's weights when None, if the architecture names them.
     """
-    base = getattr(model, "pretrained_cfg", {}).get("hf_hub_id") or f"timm/{card.arch}"
+    if base is None and without_tag(card.arch) != card.arch:
+        base = getattr(model, "pretrained_cfg", {}).get("hf_hub_id")
     front = {
         "library_name": "qat", "pipeline_tag": "image-classification", "tags": ["image-classification", "quantization"],
-        "base_model": base, "base_model_relation": "quantized",
+        **({} if base is None else {"base_model": base, "base_model_relation": "quantized"}),
     }  # fmt: skip
     calibration = content[KEY].get("calibration", {})
     costs = cost(model, card.preprocessing["size"])

@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Literal
 
 from qat.checkpoint.packed import Rest
+from qat.errors import QatError
 from qat.ranges import check_fields
 
 Format = Literal["safetensors", "folder", "onnx"]
+OF_FORMATS = {  # options that only some formats have
+    "rest": ("safetensors", "folder"),
+    "pixels": ("onnx",),
+    "activations": ("onnx",),
+    "results": ("folder",),
+    "base_model": ("folder",),
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class ExportOptions:
         images: folder of images on which the exported model is compared with the checkpoint; random ones when left out.
         force: overwrite the output.
         runs: folder of all runs, for ckpt last.
+        base_model: name on the Hugging Face hub of the float model, for the model card; that of timm's weights when
+            left out, where the architecture names them with a tag.
         results: JSON files that qat validate or qat calibrate has written (results_file); the model card quotes them.
         trust: quantizers that the checkpoint names by a dotted path may be imported, which runs their code.
     """
@@ -42,8 +52,14 @@ class ExportOptions:
     images: Path | None = None
     force: bool = False
     runs: Path = Path("runs")
+    base_model: str | None = None
     results: list[Path] = field(default_factory=list)
     trust: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name, formats in OF_FORMATS.items():
+            if self.format not in formats and getattr(self, name) != self.__dataclass_fields__[name].default:
+                if name == "results" and not self.results:
+                    continue
+                raise QatError(f"--{name} has no meaning for --format {self.format}: leave it out")

@@ -27,7 +27,7 @@ def test_the_worked_examples(width, codes, stream):
     assert unpack(found, width, len(codes)).tolist() == codes
 
 
-@pytest.mark.parametrize("width", range(1, 17))
+@pytest.mark.parametrize("width", range(1, 20))
 def test_every_width_and_every_remainder_comes_back(monkeypatch, width):
     monkeypatch.setattr(bits, "CHUNK", 16)
     for count in (0, 1, 7, 8, 9, 16, 17, 50):

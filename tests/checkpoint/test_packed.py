@@ -97,10 +97,10 @@ def test_float16_rounds_what_is_not_quantized(saved, tmp_path):
     assert all(value.dtype == torch.float32 for value in state.values())
 
 
-def test_what_float16_cannot_hold_stays(saved):
+@pytest.mark.parametrize("size", [1e5, 1e-7])
+def test_what_float16_cannot_hold_stays(saved, size):
     model, _ = saved
-    large = torch.full_like(model.norm.bias, 1e5)
-    model.norm.bias.data, before = large, model.norm.bias.data
+    model.norm.bias.data, before = torch.full_like(model.norm.bias, size), model.norm.bias.data
     tensors, _ = packed_state(model, "float16")
     model.norm.bias.data = before
     assert tensors["norm.bias"].dtype == torch.float32
@@ -139,6 +139,14 @@ def rewritten(path: Path, change) -> None:
     save_file(tensors, path, {"format": "pt", "qat": as_json(header)})
 
 
+@pytest.mark.parametrize("text", ["[" * 990 + "]" * 990, '{"sha256": ' + "9" * 5000 + "}", "[" + "[]," * 2**22 + "[]]"])
+def test_a_card_that_is_a_bomb(tmp_path, text):
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", {"format": "pt", "qat": text})
+    for read in (checkpoint.read, checkpoint.find_card):
+        with pytest.raises(QatError, match=r"a\.safetensors: its card cannot be read"):
+            read(tmp_path / "a.safetensors")
+
+
 WEIGHT = "blocks.0.attn.qkv.weight"
 CHANGES = {
     "no map": (lambda h, t: h.pop("packed"), "the codes of .* are not .*damaged"),
@@ -151,6 +159,7 @@ CHANGES = {
     "a tensor more": (lambda h, t: t.update(x=torch.ones(1)), r"1 unexpected \(x\)"),
     "another depth": (lambda h, t: h["model_args"].update(depth=2), "the codes of 'blocks.1"),
     "no card": (lambda h, t: h.pop("arch"), "lacks 'arch'"),
+    "another type": (lambda h, t: t.update({"norm.bias": t["norm.bias"].double()}), "'norm.bias' is of torch.float64"),
     "another format": (lambda h, t: h.update(format=9), "has format 9"),
 }
 

@@ -35,7 +35,7 @@ def test_a_run_is_exported_evaluated_and_predicts_as_before(ckpt, images, tmp_pa
     done("export", "--ckpt", ckpt.parent, "--output", file, "--images", images / "val")
     assert f"next: qat validate --ckpt {file}" in caplog.text
     assert "logits of 12 images equal to the bit" in caplog.text
-    report = json.loads((tmp_path / "tiny.export.json").read_text())
+    report = json.loads((tmp_path / "tiny.safetensors.export.json").read_text())
     assert report["different_tensors"] == []
     assert report["largest_logit_difference"] == 0
     assert report["size_mb"] == file.stat().st_size / 1e6
@@ -70,10 +70,10 @@ def test_a_folder_for_the_hub(ckpt, images, tmp_path, capsys):
     folder = tmp_path / "hub"
     done("validate", "--ckpt", ckpt, "--data.root", images, "--results_file", tmp_path / "r.json",
           "--data.workers", 0)  # fmt: skip
-    done("export", "--ckpt", ckpt, "--output", folder, "--format", "folder", "--results",
-          f"[{tmp_path / 'r.json'}]", "--rest", "float16")  # fmt: skip
+    words = ("--results", f"[{tmp_path / 'r.json'}]", "--base_model", "timm/deit_tiny_patch16_224.fb_in1k")
+    done("export", "--ckpt", ckpt, "--output", folder, "--format", "folder", "--rest", "float16", *words)
     assert {path.name for path in folder.iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "model.export.json"
+        "README.md", "config.json", "model.safetensors", "model.safetensors.export.json"
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "deit_tiny_patch16_224"
@@ -101,9 +101,12 @@ def test_what_is_refused_before_any_work(ckpt, images, tmp_path, capsys):
         (("--output", out, "--rest", "float8"), "rest"),
         (("--output", out, "--format", "gguf"), "format"),
         (("--output", out, "--images", tmp_path / "none"), "none"),
-        (("--output", out, "--results", f"[{tmp_path / 'none.json'}]"), "cannot read"),
-        (("--output", out, "--results", f"[{ckpt}]"), "cannot read"),
+        (("--output", tmp_path / "f", "--format", "folder", "--results", f"[{tmp_path / 'none.json'}]"), "cannot read"),
+        (("--output", tmp_path / "f", "--format", "folder", "--results", f"[{ckpt}]"), "cannot read"),
         (("--output", tmp_path, "--format", "folder"), "exists"),
+        (("--output", out, "--pixels", "true"), "--pixels has no meaning for --format safetensors"),
+        (("--output", out, "--results", f"[{ckpt}]"), "--results has no meaning for --format safetensors"),
+        (("--output", tmp_path / "a.onnx", "--format", "onnx", "--rest", "float16"), "--rest has no meaning"),
     ]
     for words, message in cases:
         said = error(capsys, "export", "--ckpt", ckpt, *words)
@@ -155,12 +158,13 @@ def test_an_onnx_file_is_checked_and_reported(ckpt, images, tmp_path, caplog):
     caplog.set_level("INFO")
     file = tmp_path / "tiny.onnx"
     done("export", "--ckpt", ckpt, "--output", file, "--format", "onnx", "--images", images / "val")
-    report = json.loads((tmp_path / "tiny.export.json").read_text())
+    report = json.loads((tmp_path / "tiny.onnx.export.json").read_text())
     assert report["images"] == 12
     assert report["float64_codes"] > 0
     assert report["equal_codes"] > 0.9
+    assert report["products"]["MatMulIntegerToFloat"] >= 2 * 4  # onnxruntime multiplies integers in every layer
     assert "codes of 2 images are those of the checkpoint" in caplog.text
-    assert {path.name for path in tmp_path.iterdir()} == {"tiny.onnx", "tiny.export.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.onnx", "tiny.onnx.export.json"}
 
 
 def test_an_onnx_file_from_a_packed_one_that_reads_pixels(ckpt, tmp_path):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -21,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from qat.checkpoint import Card
-from qat.errors import QatError
+from qat.errors import QatError, first_line
 from qat.export.graph.layers import as_graph
-from qat.export.graph.sites import SITE
+from qat.export.graph.sites import FLOAT, SITE
 from qat.preprocessing import Preprocessing
 
 OPSET, IR = 21, 10  # the first with 4 bits; what every runtime of the last years reads
 INPUT, OUTPUT = "images", "logits"
+_exports = threading.Lock()
 NEEDS = "onnx and onnxscript write ONNX files, and onnxruntime checks them: pip install 'qat[export]'"
 
 
@@ -77,26 +80,27 @@ def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activ
     Raises:
         QatError: a package is missing, a site has no ONNX form, or the batch came out with a fixed size.
     """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise QatError(f"{error.name} is not installed: {NEEDS}") from None
+    need_packages()
     graph = as_graph(copy.deepcopy(model).eval())
     preprocessing = Preprocessing(**card.preprocessing)
     size = preprocessing.size
     example = torch.zeros(2, 3, size, size)
     if pixels:
         graph, example = FromPixels(graph, preprocessing).eval(), example.to(torch.uint8)
-    with torch.no_grad(), quiet():
-        program: Any = torch.onnx.export(
-            graph, (example,), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
-        )  # fmt: skip
+    try:
+        with torch.no_grad(), quiet():
+            program: Any = torch.onnx.export(
+                graph, (example,), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+            )  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        raise QatError(f"torch cannot write {card.arch} as a graph of any batch: {first_line(error)}") from None
     proto = program.model_proto
     first = proto.graph.input[0].type.tensor_type.shape.dim[0]
     if not first.dim_param:
         raise QatError(f"the batch of {card.arch} came out as {first.dim_value}: its graph would read no other one")
     clean(proto, card)
+    spell_out(proto)
     pack_weights(proto)
     if activations == "exact":
         use_four_bits(proto)
@@ -105,17 +109,27 @@ def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activ
     return Built(proto, exact)
 
 
+def need_packages() -> None:
+    """Raise QatError where a package of the extra is missing."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise QatError(f"{name} is not installed: {NEEDS}") from None
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the lines of the exporter."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """Without the lines of the exporter, which one thread after the other may use."""
+    with _exports:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)
 
 
 def clean(proto: Any, card: Card) -> None:
@@ -124,7 +138,7 @@ def clean(proto: Any, card: Card) -> None:
 
     proto.ir_version = IR
     for node in proto.graph.node:
-        kept = [(entry.key, entry.value) for entry in node.metadata_props if entry.key == SITE]
+        kept = [(entry.key, entry.value) for entry in node.metadata_props if entry.key in (SITE, FLOAT)]
         del node.metadata_props[:]
         node.doc_string = ""
         for key, value in kept:
@@ -139,15 +153,53 @@ def clean(proto: Any, card: Card) -> None:
     helper.set_model_props(proto, {"qat": json.dumps(card.to_dict(), separators=(",", ":"))})
 
 
+def spell_out(proto: Any) -> None:
+    """Write the weights of products of floats as (codes - zero) * scale.
+
+    onnxruntime replaces DequantizeLinear and a product with floats by MatMulNBits, which rounds the floats to 8 bits.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    values = {tensor.name: tensor for tensor in proto.graph.initializer}
+    nodes = []
+    for node in proto.graph.node:
+        if not any(entry.key == FLOAT for entry in node.metadata_props):
+            nodes.append(node)
+            continue
+        codes, scale, zero = node.input
+        (out,) = node.output
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), None)
+        factors = [numpy_helper.to_array(values[name]).astype(np.float32) for name in (zero, scale)]
+        names = [f"{out}_zero", f"{out}_scale"]
+        for name, array in zip(names, factors, strict=True):
+            shaped = array[:, None] if axis == 0 else array
+            proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(shaped), name))
+        nodes += [
+            helper.make_node("Cast", [codes], [f"{out}_codes"], to=TensorProto.FLOAT),
+            helper.make_node("Sub", [f"{out}_codes", names[0]], [f"{out}_shifted"]),
+            helper.make_node("Mul", [f"{out}_shifted", names[1]], [out]),
+        ]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    remove_unused(proto)
+
+
+def remove_unused(proto: Any) -> None:
+    """Remove initializers that no node reads."""
+    used = {name for node in proto.graph.node for name in node.input}
+    for tensor in [tensor for tensor in proto.graph.initializer if tensor.name not in used]:
+        proto.graph.initializer.remove(tensor)
+
+
 def pack_weights(proto: Any) -> None:
-    """Store the codes of weights that fit into 4 bits as INT4; a cast to INT8 comes before DequantizeLinear.
+    """Store the codes of weights that fit into 4 bits as INT4, and cast them to INT8 first.
 
     Runtimes fold that cast when they load the model. Without it, they take the weight for one that is kept in 4 bits,
     and compute its product in floating point.
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    codes = {node.input[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    codes = {node.input[0] for node in proto.graph.node if node.op_type in ("DequantizeLinear", "Cast")}
     casts = []
     for tensor in proto.graph.initializer:
         if tensor.name not in codes or tensor.data_type != TensorProto.INT8:
@@ -187,6 +239,4 @@ def use_four_bits(proto: Any) -> None:
         node.input[2] = reader.input[2] = name
         reader.input[0] = node.output[0]
         proto.graph.node.remove(clip)
-    used = {name for node in proto.graph.node for name in node.input}
-    for tensor in [tensor for tensor in proto.graph.initializer if tensor.name not in used]:
-        proto.graph.initializer.remove(tensor)
+    remove_unused(proto)

@@ -24,7 +24,11 @@ def as_double(built: Built) -> Any:
     graph = found.graph
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
-            values = built.exact.get(tensor.name, numpy_helper.to_array(tensor)).astype(np.float64)
+            values = numpy_helper.to_array(tensor)
+            exact = built.exact.get(tensor.name)
+            if exact is not None and np.array_equal(exact.astype(np.float32), values):  # what is stored is what counts
+                values = exact
+            values = values.astype(np.float64)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:

@@ -88,6 +88,33 @@ def from_site(x: Tensor, axis: int, groups: int) -> Tensor:
     return (x.movedim(axis, 1) if axis % 4 != 1 else x).reshape(groups, -1)
 
 
+class Table(nn.Module):
+    """The same table for torch, in any precision; a comparison in float64 needs the thresholds of float32.
+
+    Args:
+        name: of the site.
+        quantizer: calibrated.
+    """
+
+    thresholds: Tensor
+    values: Tensor
+
+    def __init__(self, name: str, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.layout = quantizer.layout
+        for key, value in zip(("thresholds", "values"), ladder(name, quantizer), strict=True):
+            self.register_buffer(key, value.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The values of the site."""
+        G, axis = len(self.values), self.layout.axis
+        rows = x.reshape(1, -1) if G == 1 else x.movedim(axis, 0).reshape(G, -1)
+        values = self.values.gather(1, torch.searchsorted(self.thresholds, rows.contiguous(), right=True))
+        if G == 1:
+            return values.view(x.shape)
+        return values.view(x.movedim(axis, 0).shape).movedim(0, axis)
+
+
 class LadderSite(nn.Module):
     """A site as a search among thresholds; its product is computed in floating point.
 

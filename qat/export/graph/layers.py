@@ -21,17 +21,18 @@ from qat.quantizers import Quantizer
 from qat.sites.insert import quantizers, weights
 
 
-def weight_of(site: nn.Module, weight: Tensor, flip: bool = False) -> nn.Module:
+def weight_of(site: nn.Module, weight: Tensor, flip: bool = False, integers: bool = True) -> nn.Module:
     """The values of a weight, from codes where they are on a grid.
 
     Args:
         site: of the weight.
         weight: (O, I), or another shape.
         flip: as (I, O).
+        integers: the other operand of its product has integers too.
     """
     grid = grid_of(site) if isinstance(site, Quantizer) else None
     if grid is not None:
-        return WeightCodes(weight, grid, flip)
+        return WeightCodes(weight, grid, flip, integers)
     values = site(weight).detach()
     return Constant(values.mT.contiguous() if flip else values)
 
@@ -79,9 +80,10 @@ class GraphLinear(Folding):
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__()
         self.input_site, self.output_quant = layer.input_site, layer.output_quant
-        self.weight = weight_of(layer.weight_quant, layer.weight, flip=True)
         offset, bias = getattr(self.input_site, "offset", None), layer.bias.detach().double()
         self.folds = offset is not None and offset.ndim == 0
+        integers = isinstance(self.input_site, ActivationSite) and self.input_site.gives_integers
+        self.weight = weight_of(layer.weight_quant, layer.weight, flip=True, integers=integers)
         if offset is not None and self.folds:
             bias = bias + offset.double() * exact_values(layer.weight_quant, layer.weight).sum(1)
         self.fold("bias", bias)
@@ -183,7 +185,7 @@ def as_graph(model: nn.Module) -> nn.Module:
 def _use_graph_attention(module: Any) -> None:
     """Give an attention the products above; its class is made of both. Its sites are those of the graph by now."""
     kind, own = type(module), {}
-    if hasattr(module, "position_bias"):
+    if hasattr(module, "position_bias") and module.position_bias() is not None:
         double = copy.deepcopy(module).double()
         with torch.no_grad():
             for site in weights(module):  # the table of positions, among others

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qat.export.graph.grid import Grid, container_of
 
 SITE = "qat.site"  # the name of the site, in the metadata of its node
+FLOAT = "qat.float"  # marks a DequantizeLinear whose product is one of floats
 
 
 class Folding(nn.Module):
@@ -41,12 +42,15 @@ def quantize_linear(x: Tensor, scale: Tensor, zero: Tensor, site: str) -> Tensor
     )
 
 
-def dequantize_linear(codes: Tensor, scale: Tensor, zero: Tensor, axis: int | None = None) -> Tensor:
+def dequantize_linear(
+    codes: Tensor, scale: Tensor, zero: Tensor, axis: int | None = None, mark: str | None = None
+) -> Tensor:
     """The operator DequantizeLinear with one scale, or with one for each slice along an axis."""
     attributes: Any = {} if axis is None else {"axis": axis}
     return torch.onnx.ops.symbolic(
-        "::DequantizeLinear", (codes, scale, zero), attributes, dtype=torch.float32, shape=codes.shape
-    )
+        "::DequantizeLinear", (codes, scale, zero), attributes, dtype=torch.float32, shape=codes.shape,
+        metadata_props=None if mark is None else {mark: ""},
+    )  # fmt: skip
 
 
 def clip(codes: Tensor, least: Tensor, most: Tensor) -> Tensor:
@@ -130,6 +134,11 @@ class ActivationSite(nn.Module):
         return Parts(dequantize_linear(codes, one, self.zero), factor, offset)
 
     @property
+    def gives_integers(self) -> bool:
+        """Whether a product reads DequantizeLinear itself, of 8 bits: what runtimes have integer kernels for."""
+        return self.is_plain and self.container is not None and self.container.kind == torch.uint8
+
+    @property
     def movable(self) -> Tensor | None:
         """The factor of `parts` of a tensor (B, H, N, D), float64, if it is one or one for each head; None for 1."""
         if self.is_plain:
@@ -148,6 +157,8 @@ class WeightCodes(Folding):
         weight: the tensor, as the site quantizes it.
         grid: of its values.
         flip: give the transpose, (I, O), that a product without a transposition reads.
+        integers: the other operand of the product has integers too. Otherwise the graph must not have the weight as
+            DequantizeLinear: onnxruntime would take it for a weight of a model of floats, and round the other operand.
     """
 
     codes: Tensor
@@ -155,9 +166,9 @@ class WeightCodes(Folding):
     zero: Tensor
     values: Tensor
 
-    def __init__(self, weight: Tensor, grid: Grid, flip: bool = False) -> None:
+    def __init__(self, weight: Tensor, grid: Grid, flip: bool = False, integers: bool = True) -> None:
         super().__init__()
-        weight = weight.detach()
+        weight, self.mark = weight.detach(), None if integers else FLOAT
         n, scale, low = grid.integers(weight), grid.scale, grid.low
         bits = int((grid.high - low).max()).bit_length()
         self.axis = None if grid.is_one else grid.layout.axis % weight.ndim
@@ -169,7 +180,10 @@ class WeightCodes(Folding):
         zero = -(2.0 ** (bits - 1)) - low  # the codes n + zero are those of signed integers of so many bits
         self.fits = bits <= 8 and bool(((zero >= -128) & (zero <= 127)).all())
         if not self.fits:
-            self.fold("values", self._flipped(n.double() * scale.double().view(shape), flip))
+            values = n.double() * scale.double().view(shape)
+            if grid.offset is not None:
+                values = values + grid.layout.view(grid.offset, weight).double()
+            self.fold("values", self._flipped(values, flip))
             return
         self.register_buffer("codes", self._flipped((n + zero.view(shape)).to(torch.int8), flip))
         self.register_buffer("scale", scale[0] if grid.is_one else scale)
@@ -187,6 +201,6 @@ class WeightCodes(Folding):
         """The values; the weight is not read."""
         if not self.fits:
             return self.values
-        found = dequantize_linear(self.codes, self.scale, self.zero, self.axis)
+        found = dequantize_linear(self.codes, self.scale, self.zero, self.axis, self.mark)
         offset: Tensor | None = cast(Any, self.offset)
         return found if offset is None else found + offset

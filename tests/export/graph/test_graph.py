@@ -17,6 +17,7 @@ from qat.errors import QatError
 from qat.export.graph.build import Built, build
 from qat.export.graph.check import in_runtime, same_function
 from qat.export.graph.double import site_outputs
+from qat.export.graph.layers import as_graph
 from qat.models import default_preprocessing
 from qat.preprocessing import Preprocessing
 from tests.contracts.family_cases import MODELS
@@ -61,8 +62,8 @@ def test_it_is_the_same_function_and_runs_with_any_batch(form, recipe, bits, tmp
     onnx.checker.check_model(proto, full_check=True)
     (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
     for batch in (1, 5):
-        found = in_runtime(tmp_path / "a.onnx", model, images(batch), images(batch))
-        assert found["equal_codes"] > 0.9  # rounding in float32 may change some, and more behind them
+        ran = in_runtime(tmp_path / "a.onnx", model, images(batch), images(batch))  # refuses MatMulNBits
+        assert ran["equal_codes"] > 0.9  # rounding in float32 may change some, and more behind them
 
 
 def sources(proto: object) -> list[tuple[str, str]]:
@@ -154,3 +155,39 @@ def test_activations_of_four_bits_can_be_what_they_are(tmp_path):
     assert same_function(exact, model, images(3), Preprocessing(**card.preprocessing))[0] == 0
     (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
     assert in_runtime(tmp_path / "a.onnx", model, images(2), images(2))["equal_codes"] > 0.9
+
+
+def test_a_wrong_head_is_noticed_although_all_codes_are_right():
+    model, card = made("deit", "lsq", 4)
+    found = build(model, card)
+    (bias,) = [tensor for tensor in found.proto.graph.initializer if tensor.name == "head.bias"]
+    bias.raw_data = np.arange(10, dtype=np.float32).tobytes()
+    different, _, distance = same_function(found, model, images(2), Preprocessing(**card.preprocessing))
+    assert different == 0
+    assert distance > 1
+
+
+def test_layers_that_read_floats_are_not_rounded_by_the_runtime(tmp_path):
+    arch, arguments = MODELS["deit"]
+    torch.manual_seed(0)
+    rules = build_recipe("vvtq", [{"match": "*.fc?.input_quant", "spec": None}], w_bits=4, a_bits=4)
+    model = quantize(build_float(arch, None, 10, arguments).eval(), rules)
+    calibrate(model, [images(4)])
+    plain = default_preprocessing(arch, arguments).to_dict() | {"size": 32}
+    card = Card(arch, {}, 10, [rule.to_dict() for rule in rules], plain, [])
+    found = build(model, card)
+    assert same_function(found, model, images(2), Preprocessing(**plain))[0] == 0
+    (tmp_path / "a.onnx").write_bytes(found.proto.SerializeToString())
+    products = in_runtime(tmp_path / "a.onnx", model, images(2), images(2))["products"]
+    assert products["MatMulIntegerToFloat"] >= 2 * 2  # qkv and proj of each block
+    assert products["MatMul"] + products.get("FusedMatMul", 0) >= 2 * 2  # both layers of each MLP
+    four = [t for t in found.proto.graph.initializer if t.data_type == onnx.TensorProto.INT4]
+    assert len(four) == 2 * 4
+
+
+def test_positions_may_have_no_table():
+    arch, arguments = MODELS["beit"]
+    rules = build_recipe("vvtq", w_bits=4, a_bits=4)
+    model = quantize(build_float(arch, None, 10, {**arguments, "use_rel_pos_bias": False}).eval(), rules)
+    calibrate(model, [images(4)])
+    assert as_graph(model) is model

@@ -63,3 +63,11 @@ def test_codes_of_weights_are_signed_integers_of_their_width(spec, ends):
     assert found.codes.max() <= ends[1]
     values = (found.codes.float() - found.zero.float()) * found.scale
     assert torch.equal(values.mT, quantizer(weight).detach())
+
+
+def test_a_weight_of_many_bits_keeps_its_offset():
+    quantizer = LSQ(bits=12, offset=True).build(Layout(0, 6, batched=False))
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)) + 1
+    quantizer.init_from(quantizer.grouped(weight))
+    found = WeightCodes(weight, grid_of(quantizer), flip=True)
+    torch.testing.assert_close(found.values.mT, quantizer(weight).detach())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qat.errors import QatError
-from qat.export.graph.ladder import LadderSite, from_order, ladder, values_at
+from qat.export.graph.ladder import LadderSite, Table, from_order, ladder, values_at
 from qat.quantizers import IntegerNorm, LogSqrt2, TwinSoftmax
 from qat.quantizers.layout import Layout
 from tests.contracts.quantizer_cases import Case, over_cases
@@ -40,6 +40,8 @@ def test_the_table_gives_the_values_of_the_quantizer(case: Case) -> None:
     places = torch.searchsorted(thresholds.contiguous(), x.contiguous(), right=True)
     values = site.values.gather(1, places)
     assert torch.equal(values, values_at(quantizer, x))
+    tensor = torch.rand(case.shape, generator=torch.Generator().manual_seed(2)) - 0.3
+    assert torch.equal(Table("site", quantizer)(tensor), quantizer(tensor).float())
 
 
 def test_the_worked_example_of_a_logarithm():
