@@ -351,7 +351,7 @@ def test_training_goes_on_from_what_was_chosen(calibrates, choosing, recipe, ima
     if not calibrates:
         other = [*words, *start, "--model.w_bits", "3"]
         assert main(["fit", *other]) == 2
-        assert "holds another model, rules" in capsys.readouterr().err
+        assert "holds another model, with Uniform(bits=4" in capsys.readouterr().err
 
 
 def resolve_bits(cli: QatCLI) -> int:

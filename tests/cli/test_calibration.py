@@ -38,7 +38,7 @@ def folder(calibrated: QatCLI) -> Path:
 
 def test_the_run_folder_has_a_checkpoint_a_table_and_the_results(folder, calibrated):
     names = {path.name for path in folder.iterdir()}
-    assert names == {"ptq.ckpt", "quantization.csv", "results.json", "run.lock"}
+    assert names == {"config.yaml", "ptq.ckpt", "quantization.csv", "results.json", "run.lock"}
     results = json.loads((folder / "results.json").read_text())
     assert results["images"] == 12
     assert results["size_mb"] < results["float_size_mb"] / 4
@@ -136,7 +136,7 @@ def test_training_calibrates_first(config, tmp_path):
     ("words", "message"),
     [
         (("--model.quant_checkpoint", "nowhere.ckpt"), "no checkpoint nowhere.ckpt: --model.quant_checkpoint takes"),
-        (("--model.quant_checkpoint", "{ckpt}", "--model.w_bits", "3"), "ptq.ckpt holds another model, rules"),
+        (("--model.quant_checkpoint", "{ckpt}", "--model.w_bits", "3"), "ptq.ckpt holds another model, with Uniform(bits=4"),
         (("--model.recipe", "vvtq"), "FoldNorms needs Uniform, granularity tensor, at 'blocks.0.attn.qkv.input_quant'"),
         (("--model.recipe", "fq_vit_884"), "FoldNorms needs Uniform"),
         (("--model.recipe", "repq"), "no recipe 'repq': choose from"),
