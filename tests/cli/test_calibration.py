@@ -136,7 +136,10 @@ def test_training_calibrates_first(config, tmp_path):
     ("words", "message"),
     [
         (("--model.quant_checkpoint", "nowhere.ckpt"), "no checkpoint nowhere.ckpt: --model.quant_checkpoint takes"),
-        (("--model.quant_checkpoint", "{ckpt}", "--model.w_bits", "3"), "ptq.ckpt holds another model, with Uniform(bits=4"),
+        (
+            ("--model.quant_checkpoint", "{ckpt}", "--model.w_bits", "3"),
+            "ptq.ckpt holds another model, with Uniform(bits=4",
+        ),
         (("--model.recipe", "vvtq"), "FoldNorms needs Uniform, granularity tensor, at 'blocks.0.attn.qkv.input_quant'"),
         (("--model.recipe", "fq_vit_884"), "FoldNorms needs Uniform"),
         (("--model.recipe", "repq"), "no recipe 'repq': choose from"),
