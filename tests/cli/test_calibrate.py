@@ -224,12 +224,9 @@ def test_a_signal(owner, hook, kept, signum, recipe, images, tmp_path, monkeypat
     assert bool(list(tmp_path.glob("runs/*/*"))) is kept
 
 
-@pytest.mark.parametrize("word", ["last", "folder"])
-def test_a_calibration_that_was_stopped_goes_on(word, recipe, images, tmp_path, monkeypatch, capsys):
-    words = command(recipe, tmp_path / "runs", "--data.root", images)
-    assert main([*words, "--name", "whole"]) == 0
-    saved = itertools.count(1)
-    save = UnitStore.save
+def stop_after_two_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell this process to stop when its first calibration has kept two units."""
+    saved, save = itertools.count(1), UnitStore.save
 
     def stop(self, here):
         save(self, here)
@@ -237,6 +234,13 @@ def test_a_calibration_that_was_stopped_goes_on(word, recipe, images, tmp_path, 
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(UnitStore, "save", stop)
+
+
+@pytest.mark.parametrize("word", ["last", "folder"])
+def test_a_calibration_that_was_stopped_goes_on(word, recipe, images, tmp_path, monkeypatch, capsys):
+    words = command(recipe, tmp_path / "runs", "--data.root", images)
+    assert main([*words, "--name", "whole"]) == 0
+    stop_after_two_units(monkeypatch)
     assert main([*words, "--name", "stopped"]) == 128 + signal.SIGTERM
     (folder,) = (tmp_path / "runs/stopped").iterdir()
     line = f"qat: stopped by SIGTERM after 2 finished units; the same command with --resume {folder} goes on"
@@ -268,14 +272,7 @@ def test_a_training_that_was_stopped_while_it_calibrated_goes_on(recipe, images,
     words = ["fit", "--config", str(recipe), *runs, "--data.root", str(images), "--trainer.max_steps", "2",
              "--data.global_batch_size", "4"]  # fmt: skip
     whole = run([*words, "--name", "whole"])
-    saved, save = itertools.count(1), UnitStore.save
-
-    def stop(self, here):
-        save(self, here)
-        if next(saved) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(UnitStore, "save", stop)
+    stop_after_two_units(monkeypatch)
     assert main([*words, "--name", "stopped"]) == 128 + signal.SIGTERM
     (folder,) = (tmp_path / "runs/stopped").iterdir()
     assert f"the same command with --resume {folder} goes on" in capsys.readouterr().err

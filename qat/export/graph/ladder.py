@@ -115,21 +115,15 @@ class Table(nn.Module):
         return values.view(x.movedim(axis, 0).shape).movedim(0, axis)
 
 
-class LadderSite(nn.Module):
-    """A site as a search among thresholds; its product is computed in floating point.
+class LadderSite(Table):
+    """The same table as operators of ONNX: a search among thresholds. The product that reads it is one of floats.
 
-    Args:
-        name: of the site.
-        quantizer: calibrated.
+    The table is filled up to a power of two, so that every input takes the same number of comparisons.
     """
 
-    thresholds: Tensor
-    values: Tensor
-
     def __init__(self, name: str, quantizer: Quantizer) -> None:
-        super().__init__()
-        self.name, self.layout = name, quantizer.layout
-        thresholds, values = ladder(name, quantizer)
+        super().__init__(name, quantizer)
+        thresholds, values = self.thresholds, self.values
         self.depth = max(1, (values.shape[1] - 1).bit_length())
         self.size = 2**self.depth
         full = torch.full((len(values), self.size - 1), torch.inf)
