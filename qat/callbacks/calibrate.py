@@ -72,11 +72,12 @@ class Calibrate(L.Callback):
         log.info("calibrating with %s on %d images ...", name, self.images)
         module = pl_module.to(trainer.strategy.root_device)  # setup comes before Lightning moves the model
         self.method.cache = self.cache
-        with PeakMemory(module.device) as memory, self._stored(module, datamodule), self._begun(trainer):
+        with PeakMemory(module.device) as memory, self._stored(module, datamodule) as store, self._begun(trainer):
             self.method(module.model, self._read(module, datamodule, self.images))
         raise_for_uncalibrated(module.model)
         module.card = with_chosen(module.card, self.method.chosen)
-        seconds, count = time.perf_counter() - started, len(list(quantizers(module.model)))
+        seconds = time.perf_counter() - started + (store.seconds_before if store is not None else 0)
+        count = len(list(quantizers(module.model)))
         log.info("calibrated %d sites in %.1f s, peak memory %.0f MB", count, seconds, memory.megabytes)
         errors = site_errors(module.model, self._read(module, datamodule, min(self.images, MEASURED)))
         held_out = {"held_out": datamodule.options.held_out} if datamodule.options.held_out else {}
@@ -109,10 +110,10 @@ class Calibrate(L.Callback):
             )
 
     @contextmanager
-    def _stored(self, module: QATModule, datamodule: ImageNetDataModule) -> Iterator[None]:
+    def _stored(self, module: QATModule, datamodule: ImageNetDataModule) -> Iterator[UnitStore | None]:
         """Keep finished units in the folder of the run until `ptq.ckpt` is there; say how a calibration can go on."""
         if self.folder is None or not self.keeps_units:
-            yield
+            yield None
             return
         card = {name: value for name, value in module.card.to_dict().items() if name != "rules"}
         what = {
@@ -125,7 +126,7 @@ class Calibrate(L.Callback):
         if store.kept:
             log.info("going on after %s", store.kept)
         try:
-            yield
+            yield store
         except Stopped as stopped:
             if store.kept:
                 how = str(stopped).removeprefix("stopped ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 import lightning as L
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.ranges import Range, checked
-from qat.sites.insert import WeightSite, weight_sites
+from qat.sites.insert import WeightSite, weight_sites, weights
 from qat.training.module import QATModule
+
+log = logging.getLogger(__name__)
 
 Share = Annotated[float, Range(above=0, high=1)]
 
@@ -42,7 +46,9 @@ class FrozenCodes(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the codes of the weights as they are, unless a run resumes after this part."""
         assert isinstance(pl_module, QATModule)
-        if pl_module.progress < self.share and not self._released:
+        if not any(fnmatchcase(site.name, self.sites) for site in weights(pl_module.model)):
+            log.warning("FrozenCodes: the calibration left all weights of %s in floating point", self.sites)
+        elif pl_module.progress < self.share and not self._released:
             for site in weight_sites(pl_module.model, self.sites):
                 codes = site.quantizer.encode(site.weight.detach())
                 self._held.append((site, codes))

@@ -152,6 +152,9 @@ def _check_length(trainer: Any, verb: str) -> None:
             "trainer.max_epochs is -1 and trainer.max_steps is not set: the schedule of the learning rate needs the "
             "length of the run, also with trainer.max_time; give --trainer.max_steps, or the passes"
         )
+    for name in ("max_steps", "max_epochs"):
+        if verb == "fit" and getattr(trainer, name, None) == 0:
+            raise QatError(f"trainer.{name} is 0: nothing would be trained; to calibrate alone, run `qat calibrate`")
     if verb in ("validate", "calibrate") and getattr(trainer, "limit_val_batches", None) == 0:
         instead = " and say --validate false" if verb == "calibrate" else ""
         raise QatError(f"trainer.limit_val_batches is 0: no image would be evaluated, so leave it out{instead}")

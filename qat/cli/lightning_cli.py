@@ -35,6 +35,7 @@ from qat.cli.summary import after_calibration, after_training, show
 from qat.cli.trainer import TRAINER_DEFAULTS, Trainer
 from qat.cli.words import given_configs, words_of_model
 from qat.data.imagenet import ImageNetDataModule
+from qat.data.options import DataOptions
 from qat.data.splits import has_split
 from qat.errors import QatError
 from qat.runs.folder import CALIBRATED, LAST, config_name
@@ -232,7 +233,8 @@ class QatCLI(LightningCLI):
         raise_if_told()
         if self.trainer.is_global_zero:
             has_val = root is not None and has_split(root, "val")
-            show(*after_calibration(results, self._run_folder() / CALIBRATED, root, has_val, self.words))
+            plans = config.trainer.max_steps != -1 or config.data.crop_epochs != DataOptions.crop_epochs
+            show(*after_calibration(results, self._run_folder() / CALIBRATED, root, has_val, self.words, plans))
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, with a checkpoint if there is one."""

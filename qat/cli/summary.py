@@ -13,6 +13,7 @@ PHOTOS = "FOLDER"  # stands for images that the user has
 IMAGES = "DIR"  # stands for a folder with train/ and val/
 WORST = 5  # sites that are printed after a validation
 WORST_CALIBRATED = 3  # and after a calibration, which has more to say
+SHORT = {"trainer_max_steps": 800, "model_lr": 2e-5, "model_step_lr": 1e-5}  # a training after a good calibration
 EVALUATED = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images in {seconds:.1f} s"
 SIZE = "{recipe}; {size_mb:.2f} MB with weights packed at their width (float32: {float_size_mb:.2f} MB)"
 
@@ -29,11 +30,13 @@ def command(verb: str, *before: str, **options: object) -> str:
     Args:
         verb: of the command.
         before: words that come before the options.
-        options: those that are None are left out, and ``data_root`` means data.root.
+        options: those that are None are left out, and ``data_root`` means data.root; model and trainer likewise.
     """
     words = [shlex.quote(word) for word in before]
-    words += [f"--{name.replace('data_', 'data.').replace('model_', 'model.')} {shlex.quote(str(value))}"
-             for name, value in options.items() if value is not None]  # fmt: skip
+    for name, value in options.items():
+        part, _, rest = name.partition("_")
+        name = f"{part}.{rest}" if part in ("data", "model", "trainer") else name
+        words += [f"--{name} {shlex.quote(str(value))}"] if value is not None else []
     return f"next: qat {verb} {' '.join(words)}"
 
 
@@ -90,8 +93,9 @@ def after_validation(results: Mapping[str, Any], ckpt: Path | None, calibrated: 
 
 
 def after_calibration(
-    results: Mapping[str, Any], ckpt: Path, root: Path | None, has_val: bool, model: Sequence[str]
-) -> Iterator[str]:
+    results: Mapping[str, Any], ckpt: Path, root: Path | None, has_val: bool, model: Sequence[str],
+    plans_training: bool,
+) -> Iterator[str]:  # fmt: skip
     """What a calibration has found, a line for each thing.
 
     Args:
@@ -100,6 +104,7 @@ def after_calibration(
         root: folder of training images, where it is known.
         has_val: it has validation images too.
         model: the words of the command that describe the model.
+        plans_training: they say how it is trained, too; else a short training is named.
     """
     calibration = results["calibration"]
     how = "calibrated by {} on {images} images in {seconds:.1f} s, peak memory {peak_memory_mb} MB"
@@ -118,7 +123,8 @@ def after_calibration(
     options = {"model_quant_checkpoint": ckpt, "data_root": root if root and has_val else IMAGES}
     if "held_out" in calibration:
         options["data_held_out"] = calibration["held_out"]
-    yield command("fit", *model, **options)
+    yield command("fit", *model, **options, **({} if plans_training else SHORT))
+    yield command("export", ckpt=ckpt, format="onnx", output=ckpt.with_suffix(".onnx"))
 
 
 def _worst_sites(calibration: Mapping[str, Any], count: int) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,16 @@ class UnitStore:
         folder: is made when the first file is written.
         what: tells the calibration: method, images, seed and model, as plain data.
 
+    Attributes:
+        seconds_before: that earlier processes took for the units that were restored.
+
     Raises:
         QatError: the folder is that of another calibration.
     """
 
     def __init__(self, folder: Path, what: dict[str, Any]) -> None:
         self.folder, self.what = folder, json.loads(json.dumps(what))
+        self.seconds_before, self._started = 0.0, time.monotonic()
         self._rewritten: dict[str, Tensor] = {}
         remove_parts(folder)
         found = self._found()
@@ -73,6 +78,7 @@ class UnitStore:
             "tensors": {name: value.detach().cpu() for name, value in tensors_of(here).items()},
             "chosen": dict(method.chosen),
             "report": dict(method.report),
+            "seconds": self.seconds_before + time.monotonic() - self._started,
         }
         self._write(self._file(here.index), content)
         for state in self.folder.glob(STATE):
@@ -81,6 +87,7 @@ class UnitStore:
     def restore(self, here: UnitWork) -> None:
         """Put a finished unit in place of what the float model has there; its float outputs come first."""
         content = self._read(self._file(here.index))
+        self.seconds_before = content.get("seconds", 0.0)
         copy(content["rewritten"], here)
         here.remember()
         for site, spec in content["chosen"].items():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
@@ -124,3 +125,15 @@ def test_a_glob_that_matches_nothing_is_refused_before_the_calibration(config, t
     callback = '[{"class_path": "FrozenCodes", "init_args": {"sites": "nothing.*"}}]'
     assert main(["fit", "--config", str(config), "--runs", str(tmp_path), "--trainer.callbacks", callback]) == 2
     assert "no quantized weight of at most 16 bits matches 'nothing.*'" in capsys.readouterr().err
+
+
+def test_a_calibration_that_leaves_all_weights_in_floating_point_does_not_stop_the_training(images, tmp_path, caplog):
+    """As AIQViT does with its compensation at the side; the calibration took hours by then."""
+
+    class LeaveFloat(L.Callback):
+        def setup(self, trainer, pl_module, stage) -> None:
+            for site in list(weights(pl_module.model)):
+                pl_module.model.set_submodule(site.name, torch.nn.Identity())
+
+    fit(tiny_module(recipe="frontier"), images, tmp_path, [FrozenCodes(), LeaveFloat()], max_steps=1)
+    assert "left all weights of *.weight_quant in floating point" in caplog.text

@@ -121,3 +121,11 @@ def test_a_schedule_needs_the_length_of_its_run() -> None:
     check_trainer(SimpleNamespace(**plain, max_steps=-1), "validate")
     with pytest.raises(QatError, match="the schedule of the learning rate needs the length"):
         check_trainer(SimpleNamespace(**plain, max_steps=-1))
+
+
+@pytest.mark.parametrize("name", ["max_steps", "max_epochs"])
+def test_a_training_of_no_step_is_refused_before_the_calibration(name) -> None:
+    options = {"precision": None, "strategy": "auto", "max_epochs": None, "max_steps": -1, name: 0}
+    with pytest.raises(QatError, match=f"trainer.{name} is 0: nothing would be trained"):
+        check_trainer(SimpleNamespace(**options))
+    check_trainer(SimpleNamespace(**options), "validate")

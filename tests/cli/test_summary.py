@@ -46,7 +46,7 @@ def test_a_calibration_without_evaluation_says_what_was_chosen_and_how_to_go_on(
     results = {name: RESULTS[name] for name in ("recipe", "size_mb", "float_size_mb")}
     results |= {"calibration": RESULTS["calibration"] | how | chosen}
     model = ["--config", "my ptq.yaml", "--model.w_bits", "3"]
-    first, _, replaced, worst, *rest = after_calibration(results, Path("ptq.ckpt"), Path("images"), False, model)
+    first, _, replaced, worst, *rest = after_calibration(results, Path("ptq.ckpt"), Path("images"), False, model, True)
     assert first == "calibrated by Frontier on 32 images in 61.2 s, peak memory 812 MB"
     assert replaced == "chosen: Log2(bits=4) at a.probs_quant, b.probs_quant"
     assert worst.count("dB") == 3
@@ -54,7 +54,10 @@ def test_a_calibration_without_evaluation_says_what_was_chosen_and_how_to_go_on(
         "checkpoint: ptq.ckpt",
         "next: qat validate --ckpt ptq.ckpt --data.root DIR",
         "next: qat fit --config 'my ptq.yaml' --model.w_bits 3 --model.quant_checkpoint ptq.ckpt --data.root DIR",
+        "next: qat export --ckpt ptq.ckpt --format onnx --output ptq.onnx",
     ]
+    *_, fit, _ = after_calibration(results, Path("ptq.ckpt"), Path("images"), False, model, False)
+    assert fit.endswith("--data.root DIR --trainer.max_steps 800 --model.lr 2e-05 --model.step_lr 1e-05")
 
 
 def test_a_float_model_that_was_not_read_from_a_checkpoint_has_its_accuracy_only() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,3 +200,17 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     (tmp_path / "unit_002.pt.999999.part").write_bytes(b"x")
     UnitStore(tmp_path, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_seconds_of_earlier_processes_are_kept(tmp_path, monkeypatch):
+    clock = itertools.count(0.0, 1.0)
+    monkeypatch.setattr("qat.ptq.unit_store.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    method = METHODS["Frontier"][1]
+    run(method, "frontier", tmp_path / "units")
+    stores = [UnitStore(tmp_path / "units", {"method": repr(method)}) for _ in range(2)]
+    assert [store.seconds_before for store in stores] == [0, 0]
+    model = model_of("frontier")
+    method.store = stores[0]
+    method(model, batches())
+    method.store = None
+    assert stores[0].seconds_before == stores[0].count(), "a tick for each unit that was saved"
