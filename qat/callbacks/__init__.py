@@ -7,6 +7,7 @@ from qat.callbacks.end_together import EndTogether
 from qat.callbacks.final_validation import FinalValidation
 from qat.callbacks.frozen_codes import FrozenCodes
 from qat.callbacks.gradient_ratio import GradientRatio
+from qat.callbacks.integers import IntegerProducts
 from qat.callbacks.last import SaveLast
 from qat.callbacks.oscillation import IterativeFreezing, OscillationTracker
 from qat.callbacks.place import PlaceModule
@@ -21,6 +22,7 @@ __all__ = [
     "FinalValidation",
     "FrozenCodes",
     "GradientRatio",
+    "IntegerProducts",
     "IterativeFreezing",
     "OscillationTracker",
     "PlaceModule",

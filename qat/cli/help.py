@@ -50,7 +50,8 @@ COMMON: dict[str, dict[str, tuple[str, ...]]] = {  # of each verb: title of a gr
                      "calibration.images", "resume", "save_every", "seed_everything"),
     },
     "validate": {
-        "files and folders": ("config", "ckpt", "data.root", "results_file", "data.val_batch_size", "data.workers"),
+        "files and folders": ("config", "ckpt", "data.root", "results_file", "integer", "data.val_batch_size",
+                              "data.workers"),
         "a model that is calibrated first, without --ckpt": (*MODEL, "calibration.method", "calibration.images",
                                                              "seed_everything", "name", "runs"),
     },

@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from qat.callbacks import Calibrate, ConsoleLog, EndTogether, PlaceModule, ProgressBar, RecordSites
+from qat.callbacks import Calibrate, ConsoleLog, EndTogether, IntegerProducts, PlaceModule, ProgressBar, RecordSites
 from qat.callbacks.time_limit import TimeLimit
 from qat.cli.agreement import changes, run_options
 from qat.cli.check_options import check_constructors, check_options, parse_options
@@ -150,6 +150,7 @@ class QatCLI(LightningCLI):
             kwargs |= {"logger": False, "enable_checkpointing": False}
             callbacks += [RecordSites(self.folder.path)] if self.folder.path else []
             kwargs |= {} if self.evaluates else {"limit_val_batches": 0}
+            callbacks += [IntegerProducts()] if self.verb == "validate" and self.config[self.verb].integer else []
         kwargs["enable_progress_bar"] = bar
         if self._runs_on_one_device():
             kwargs["devices"] = 1

@@ -50,9 +50,13 @@ RESUME = Option(
     "go on with a calibration that was killed, after the last unit that it finished: its folder, or the word last for "
     "the newest one. Without a --config, its own is taken; the other options are the same as before.",
 )  # fmt: skip
+INTEGER = Option(
+    bool, False,
+    "compute every product with integers, as qat.integer does: the accuracy of a processor of integers. On a CPU.",
+)  # fmt: skip
 OF_ONE_VERB = {
     "fit": {"resume": RESUME},
-    "validate": {"results_file": RESULTS_FILE},
+    "validate": {"results_file": RESULTS_FILE, "integer": INTEGER},
     "calibrate": {
         "validate": Option(
             bool | None, None,

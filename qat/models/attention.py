@@ -78,7 +78,7 @@ class AttentionSites(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale)
         scores = recompute_operands(self._scores, (self.q_quant, q), (self.k_quant, k))  # (B, H, N, N)
         scores = self.scores_quant(scores)
-        mask = _additive(mask, is_causal, scores)  # after scores_quant, which would clip -inf
+        mask = additive(mask, is_causal, scores)  # after scores_quant, which would clip -inf
         if self.softmax_is_quantized:
             probs = self.probs_quant(scores if bias is None else scores + bias, mask)
             return recompute_operands(self._mix, (QUANTIZED, probs), (self.v_quant, v))
@@ -208,7 +208,7 @@ def _sum(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return mask if bias is None else bias if mask is None else bias + mask
 
 
-def _additive(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
+def additive(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
     """The mask as a summand of the scores, or None."""
     if is_causal:
         return scores.new_full(scores.shape[-2:], float("-inf")).triu_(1)

@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat.errors import QatError
-from qat.quantizers.adalog_tables import LEAST, MOST, PARTS, Tables, cells, mantissas, picked, tables
+from qat.quantizers.adalog_tables import LEAST, MOST, PARTS, Tables, cells, denominator, mantissas, picked, tables
 from qat.quantizers.candidates import TableSpace, least_error, thinned
 from qat.quantizers.layout import Layout
 from qat.quantizers.pieces import pieces
 from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Space, Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term, constant, shifted
 
 Zero = Literal["last", "extra"]
 MAX_ADALOG_BITS = 8
@@ -131,6 +132,13 @@ class AdaLogQuantizer(Quantizer):
         parts = codes.long() * (self._rows(codes) + LEAST)
         mantissa, power = mantissas(self.spec.width).long().to(codes.device)[parts % PARTS], codes < self.spec.powers
         return mantissa.where(power, 0), (parts // PARTS).where(power, 0)
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Shifted mantissas, and the shift of GELU."""
+        deepest = int((self.spec.powers - 1) * self.base.max()) // PARTS
+        found, factor = shifted(*self.integers(codes), deepest)
+        steps = Term(found, self.view(self.step.detach(), codes) * (factor / denominator(self.spec.width)))
+        return [steps, constant(self.step.new_tensor(-self.shift), codes)] if self.spec.shifted else [steps]
 
     @torch.no_grad()
     def init_from(self, samples: Tensor) -> None:

@@ -27,6 +27,7 @@ from qat.quantizers.blocks import blocks
 from qat.quantizers.layout import Layout
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term
 
 Form = Literal["single", "half"]
 MAX_BITLOG_BITS = 4
@@ -98,6 +99,10 @@ class BitLog2Quantizer(Quantizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Values, float32, of codes in the shape of the tensor they came from."""
         return integers(codes.int(), self.spec.kept).to(self.step.dtype) * self.view(self.step, codes)
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """The integer of each code: one leading bit, and the kept ones, shifted."""
+        return [Term(integers(codes.long(), self.spec.kept), self.view(self.step.detach(), codes))]
 
     @property
     def divisor(self) -> Tensor:

@@ -33,6 +33,7 @@ from qat.quantizers.lsq import FakeQuantize
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.space import Space, Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term
 
 NARROWEST = 1e-3  # of an interval, which is one of probabilities
 STARTS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # quantiles that are tried as a, beside 0
@@ -102,6 +103,12 @@ class DFQQuantizer(Quantizer):
         steps = codes.to(self.low.dtype) - int(self.spec.zero)
         values = steps * self.view(self.step, codes) + self.view(self.low, codes)
         return torch.where(steps < 0, torch.zeros_like(values), values)
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Steps from the start of the interval, which the code of zero is not in."""
+        steps = codes.long() - int(self.spec.zero)
+        step, low = self.view(self.step.detach(), codes), self.view(self.low.detach(), codes)
+        return [Term(steps.clamp(min=0), step), Term((steps >= 0).long(), low)]
 
     @torch.no_grad()
     def init_from(self, samples: Tensor) -> None:

@@ -35,6 +35,7 @@ from qat.quantizers.blocks import row_blocks
 from qat.quantizers.integers import divide, isqrt, leading_bits
 from qat.quantizers.kernels import Bound, Kernels, host_reads
 from qat.quantizers.layout import Layout
+from qat.quantizers.terms import Term
 from qat.quantizers.uniform import Uniform, UniformQuantizer
 
 Arithmetic = Literal["integer", "released"]
@@ -137,6 +138,10 @@ class IntegerNormQuantizer(UniformQuantizer):
     def affine(self) -> None:
         """None: a code depends on its whole row."""
         return
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """A grid, all the same."""
+        return [Term(codes.long() - self.zero_point.long(), self.step.detach())]
 
 
 class Replaced(torch.autograd.Function):

@@ -34,6 +34,7 @@ from qat.quantizers.layout import Layout
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.space import Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term, shifted
 from qat.quantizers.uniform import Uniform
 
 SoftmaxZero = Literal["last", "extra", "none"]
@@ -135,6 +136,12 @@ class LogIntSoftmaxQuantizer(Quantizer):
         if self.spec.zero != "none":
             values[-1:] = 0
         return _pick(values, codes.int())
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Powers of two."""
+        codes, last = codes.long(), self.spec.qmax - (self.spec.zero != "none")
+        found, factor = shifted(torch.ones_like(codes).where(codes <= last, 0), codes, last)
+        return [Term(found, self.step.new_tensor(factor))]
 
     @torch.no_grad()
     def quantized(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:

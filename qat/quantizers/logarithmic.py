@@ -33,6 +33,7 @@ from qat.quantizers.layout import Layout
 from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term, shifted
 
 LogZero = Literal["last", "extra", "rounded"]
 MAX_LOG_BITS = 8  # the smallest value is step * 2**-127 already: float32 has nothing below
@@ -104,6 +105,14 @@ class LogSqrt2Quantizer(Quantizer):
         """Values, float32, of codes in the shape of the tensor they came from."""
         table = torch.tensor([2.0**-t for t in range(self.spec.powers)] + [0.0], dtype=torch.float64).sqrt()
         return table.to(self.step)[codes.int()] * self.view(self.step, codes)
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Powers of two for even codes, and times 1 / sqrt2 for odd ones: two products."""
+        codes, step = codes.long(), self.view(self.step.detach(), codes)
+        powers, deepest = torch.ones_like(codes).where(codes < self.spec.powers, 0), (self.spec.powers - 1) // 2
+        found, factor = shifted(powers, codes // 2, deepest)
+        even = codes % 2 == 0
+        return [Term(found.where(even, 0), step * factor), Term(found.where(~even, 0), step * (factor / sqrt(2)))]
 
     @torch.no_grad()
     def init_from(self, samples: Tensor) -> None:

@@ -29,6 +29,7 @@ from qat.quantizers.log_step import LogStep
 from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term, constant
 
 GradScale = Literal["l1", "numel", "vvtq_act", "none"]
 Init = Literal["mse", "lsq", "lsq_plus", "percentile"]
@@ -123,6 +124,11 @@ class LSQQuantizer(Quantizer):
             return None
         axis = None if self.layout.groups == 1 else self.layout.axis
         return Affine(self.step.detach(), torch.zeros_like(self.step), axis, self.qmin, self.qmax)
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Codes times the step, and the offset."""
+        steps = Term(codes.long(), self.view(self.step.detach(), codes))
+        return [steps] if self.offset is None else [steps, constant(self.view(self.offset.detach(), codes), codes)]
 
     @property
     def whole_steps(self) -> bool:

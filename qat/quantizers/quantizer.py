@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qat.errors import QatError
 from qat.quantizers import kernels
 from qat.quantizers.kernels import Kernels
 from qat.quantizers.layout import Affine, Layout
 from qat.quantizers.space import Space, Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term
 
 MIN_STEP = 1e-6  # keeps x / step finite; far below any step that is worth having
 MIN_RANGE = 1e-6  # what is narrower counts as a single point
@@ -105,6 +107,18 @@ class Quantizer(nn.Module, ABC):
     def affine(self) -> Affine | None:
         """Scale, zero point, axis and code range; None where codes are not an affine function of a single value."""
         return None
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """What codes stand for, as whole numbers and factors; by default an affine function.
+
+        Raises:
+            QatError: there is no such form, or the zero point is no whole number.
+        """
+        affine = self.affine()
+        if affine is None:
+            raise QatError(f"{type(self.spec).__name__} states no form in whole numbers (terms)")
+        zero = self.view(affine.zero_point, codes).round().long()
+        return [Term(codes.long() - zero, self.view(affine.scale, codes))]
 
     @property
     def whole_steps(self) -> bool:

@@ -32,6 +32,7 @@ from qat.quantizers.pieces import pieces
 from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Space, Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term, constant, shifted
 
 TINY = torch.finfo(torch.float32).tiny
 SHIFTS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)  # eta, as in the released code
@@ -83,6 +84,15 @@ class SULQQuantizer(Quantizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Values, float32, of codes in the shape of the tensor they came from."""
         return _values(codes.to(self.step.dtype), *self._constants(codes))
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Powers of two, and the shift."""
+        step, low, eta = self._constants(codes)
+        exponents = (codes.to(step.dtype) * step + low).round().long()
+        least, most = ((self.low + code * self.step.detach()).round().long() for code in (0, self.spec.qmax))
+        first = min(0, int(least.min()))  # a value above 1 has a negative exponent
+        found, factor = shifted(torch.ones_like(exponents), exponents - first, int(most.max()) - first)
+        return [Term(found, step.new_tensor(factor * 2.0**-first)), constant(-eta, codes)]
 
     @torch.no_grad()
     def init_from(self, samples: Tensor) -> None:

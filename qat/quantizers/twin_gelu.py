@@ -30,6 +30,7 @@ from qat.quantizers.pieces import pieces
 from qat.quantizers.quantizer import MIN_STEP, Quantizer
 from qat.quantizers.space import Space, Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term
 
 Ratio = Literal["power", "free"]
 DEPTH = 0.16997124703522  # minus the least value of GELU, as released
@@ -109,6 +110,12 @@ class TwinGeluQuantizer(Quantizer):
         signed = self.signed_magnitudes(codes).to(self.step.dtype)
         return signed * torch.where(signed < 0, self.view(self.negative, codes), self.view(self.step, codes))
 
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Both signs apart: two products."""
+        signed = self.signed_magnitudes(codes)
+        step, negative = self.view(self.step.detach(), codes), self.view(self.negative, codes)
+        return [Term(signed.clamp(min=0), step), Term(signed.clamp(max=0), negative)]
+
     def signed_magnitudes(self, codes: Tensor) -> Tensor:
         """Whole numbers, int64: multiples of the step of their own sign.
 
@@ -142,6 +149,12 @@ class PowerQuantizer(TwinGeluQuantizer):
 
     def _packed(self, high: Tensor, low: Tensor, below: Tensor) -> Tensor:
         return high.sub_(low).add_(~below, alpha=self.spec.half)
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Multiples of the negative step: m bits to the left where they are positive."""
+        signed = self.signed_magnitudes(codes)
+        bits = self.view(self.exponents, codes)
+        return [Term(torch.where(signed > 0, signed << bits, signed), self.view(self.negative, codes))]
 
     @property
     def exponents(self) -> Tensor:

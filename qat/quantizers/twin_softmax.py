@@ -35,6 +35,7 @@ from qat.quantizers.pieces import pieces
 from qat.quantizers.quantizer import Quantizer
 from qat.quantizers.space import Space, Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term
 
 SPLITS = 20  # exponents m from 0 to 19
 
@@ -141,6 +142,11 @@ class TwinSoftmaxQuantizer(Quantizer):
         """Values, float32, of codes in the shape of the tensor they came from."""
         mantissas, shifts = self.integers(codes)
         return (mantissas << shifts).to(self.step.dtype) / self._factor(codes) * self.view(self.step, codes)
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Multiples of the fine step."""
+        mantissas, shifts = self.integers(codes)
+        return [Term(mantissas << shifts, self.view(self.step.detach(), codes) / self._factor(codes))]
 
     def integers(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Mantissas and shifts, both int64: a code stands for mantissa * 2**shift fine steps, of step * 2**-m each.

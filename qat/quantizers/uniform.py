@@ -23,6 +23,7 @@ from qat.quantizers.lsq import FakeQuantize
 from qat.quantizers.quantizer import MIN_RANGE, MIN_STEP, Quantizer
 from qat.quantizers.space import Table
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term
 
 NARROW = 2**-10  # of the larger end: a range that is narrower is almost a point
 ZeroPoint = Literal["integer", "code", "clipped", "fractional", "none"]
@@ -203,6 +204,17 @@ class FractionalQuantizer(UniformQuantizer):
     def affine(self) -> None:
         """None: the zero point is not a whole number."""
         return
+
+    def terms(self, codes: Tensor) -> list[Term]:
+        """Whole steps, and both ends, which lie off the grid."""
+        values = codes.long() - 1 + self._first(codes).long()
+        step, (low, high) = self.view(self.step.detach(), codes), self.bounds(codes)
+        below, above = values < low, values > high
+        return [
+            Term(values.masked_fill(below | above, 0), step),
+            Term(below.long(), low * step),
+            Term(above.long(), high * step),
+        ]
 
     @property
     def whole_steps(self) -> bool:

@@ -191,3 +191,19 @@ def test_a_rule_that_is_typed_may_name_any_quantizer(
         == 0
     )
     assert "Mine" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_evaluated_with_integers(
+    whole: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    words = ["validate", "--ckpt", str(whole / "last.ckpt"), "--data.root", str(images), "--data.workers", "0"]
+    found = []
+    for integer in ("false", "true"):
+        file = tmp_path / f"{integer}.json"
+        assert main([*words, "--integer", integer, "--results_file", str(file)]) == 0
+        found.append(json.loads(file.read_text()))
+    assert "14 of 14 products multiplied integers, in accumulators of " in caplog.text
+    simulated, integer = found
+    assert integer["loss"] == pytest.approx(simulated["loss"], rel=1e-4)  # sums are rounded otherwise
+    assert integer["recipe"] == simulated["recipe"]

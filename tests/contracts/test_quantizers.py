@@ -8,6 +8,7 @@ import pickle
 import torch
 
 from qat.quantizers.spec import Spec
+from qat.quantizers.terms import Term, whole
 from tests.contracts.quantizer_cases import EXAMPLES, ROWS, all_codes, calibrated, over_cases, samples, spread
 
 
@@ -161,3 +162,17 @@ def test_the_host_never_waits_for_an_accelerator(case):
     quantizer(x).sum().backward()
     assert quantizer.encode(x).device.type == "meta"
     assert x.grad.shape == x.shape
+
+
+@over_cases
+def test_what_codes_stand_for_is_whole_numbers_times_factors(case):
+    """To the rounding of decode in float32; a power that is cut has 2**-40 of the largest one."""
+    quantizer = calibrated(case)
+    codes = all_codes(case, quantizer)
+    terms, expected = quantizer.terms(codes), quantizer.decode(codes).double()
+    assert all(term.integers.dtype == torch.int64 and term.integers.shape == codes.shape for term in terms)
+    found = whole([Term(term.integers, term.factor.double()) for term in terms])
+    largest = sum(float((term.integers * term.factor).abs().max()) for term in terms)
+    is_one_sum = any(bool((term.integers == 1).all()) for term in terms)
+    tolerance = largest * (2.0**-22 if is_one_sum else 2.0**-38)
+    torch.testing.assert_close(found, expected, rtol=2.0**-21, atol=tolerance)
