@@ -59,6 +59,7 @@ FRONTIER = "frontier Frontier"
 CASES = [
     *(Case("frontier", Frontier(), bits, bits, 32) for bits in (4, 3, 2, 5, 6, 7, 8)),
     *(Case("frontier", Frontier(), bits, bits, 128) for bits in (4, 3)),
+    *(Case("deploy", Frontier(), bits, bits, 32) for bits in (4, 8)),
     *(Case("frontier", method, n, n, 32, f"ablation/10 {what}") for n in (4, 3) for what, method in VARIANTS.items()),
     *(Case(recipe, method, n, n, 32, f"ablation/{what}", rules)
       for n in (4, 3) for what, recipe, rules, method in ABLATION),
