@@ -23,6 +23,7 @@ from qat.training.options import ModelOptions
 from qat.training.student import build_student
 
 DESCRIPTION = "Show what is quantized, and what it saves: no data, no weights, no training."
+LONGEST = 1000  # characters of a line in a file
 
 
 def run(verb: str, arguments: Sequence[str]) -> Cost:
@@ -61,7 +62,8 @@ def show_model(model: nn.Module, arch: str, size: int, full: bool) -> Cost:
     console = Console()
     table = as_table(describe(model), full)
     if not console.is_terminal:  # a file or a pipe has lines of any length
-        console.width = max(console.width, console.measure(table).maximum)
+        widest = console.options.update(width=LONGEST)
+        console.width = max(console.width, console.measure(table, options=widest).maximum)
     console.print(table)
     total = cost(model, size)
     show(
