@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qat.checkpoint import Card
 from qat.errors import QatError, first_line
 from qat.export.graph.layers import as_graph
+from qat.export.graph.rows import row_lengths
 from qat.export.graph.sites import FLOAT, SITE
 from qat.preprocessing import Preprocessing
 
@@ -81,10 +82,12 @@ def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activ
         QatError: a package is missing, a site has no ONNX form, or the batch came out with a fixed size.
     """
     need_packages()
-    graph = as_graph(copy.deepcopy(model).eval())
     preprocessing = Preprocessing(**card.preprocessing)
     size = preprocessing.size
     example = torch.zeros(2, 3, size, size)
+    with torch.no_grad(), row_lengths(model) as lengths:
+        model(example)
+    graph = as_graph(copy.deepcopy(model).eval(), lengths)
     if pixels:
         graph, example = FromPixels(graph, preprocessing).eval(), example.to(torch.uint8)
     try:

@@ -28,6 +28,7 @@ from qat.export.graph.double import run_double, site_outputs
 from qat.export.graph.grid import Grid, container_of, grid_of
 from qat.export.graph.ladder import Table
 from qat.preprocessing import Preprocessing
+from qat.quantizers import IntegerNormQuantizer, Quantizer
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers, weights
 
@@ -46,15 +47,22 @@ def has_container(grid: Grid) -> bool:
 def integers_of(model: nn.Module) -> Iterator[Integers]:
     """The integers of every affine site that a forward inside the block reaches."""
     grids: dict[str, Grid] = {}
+    norms: dict[str, IntegerNormQuantizer] = {}
     for name, quantizer in quantizers(model):
-        if quantizer.layout.batched and (grid := grid_of(quantizer)) is not None and has_container(grid):
+        if isinstance(quantizer, IntegerNormQuantizer):
+            norms[name] = quantizer
+        elif quantizer.layout.batched and (grid := grid_of(quantizer)) is not None and has_container(grid):
             grids[name] = grid
-    found: Integers = {name: [] for name in grids}
+    found: Integers = {name: [] for name in (*grids, *norms)}
 
     def note(name: str, args: tuple[Tensor, ...]) -> None:
-        found[name].append(grids[name].integers(args[0].detach()).numpy().astype(np.int64))
+        if name in norms:
+            codes = norms[name].encode(*args).long() - norms[name].zero_point.long()
+        else:
+            codes = grids[name].integers(args[0].detach())
+        found[name].append(codes.numpy().astype(np.int64))
 
-    with watching({name: model.get_submodule(name) for name in grids}, before=note):
+    with watching({name: model.get_submodule(name) for name in found}, before=note):
         yield found
 
 
@@ -189,6 +197,11 @@ def with_codes(proto: Any) -> tuple[list[tuple[str, int, int]], Any]:
     return [(name, outputs.index(output), zeros[zero]) for name, output, zero in sites], proto
 
 
+def is_row(quantizer: Quantizer) -> bool:
+    """Whether codes depend on a whole row, and are integers in float64 too."""
+    return quantizer.replaces_softmax or quantizer.reads_integers
+
+
 def session_of(model: str | bytes, optimized: bool) -> Any:
     """A session of onnxruntime on the CPU."""
     options = onnxruntime.SessionOptions()
@@ -205,7 +218,7 @@ def in_double(model: nn.Module) -> nn.Module:
     for site in weights(double):
         site.weight.copy_(site.quantizer(site.weight))
     for name, quantizer in list(quantizers(double)):
-        if quantizer.layout.batched and grid_of(quantizer) is None:
+        if quantizer.layout.batched and grid_of(quantizer) is None and not is_row(quantizer):
             parent, _, child = name.rpartition(".")
             setattr(double.get_submodule(parent), child, Table(name, quantizer))
     return double.double()

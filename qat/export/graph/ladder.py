@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.errors import QatError
@@ -123,30 +124,44 @@ class LadderSite(Table):
 
     def __init__(self, name: str, quantizer: Quantizer) -> None:
         super().__init__(name, quantizer)
-        thresholds, values = self.thresholds, self.values
-        self.depth = max(1, (values.shape[1] - 1).bit_length())
-        self.size = 2**self.depth
-        full = torch.full((len(values), self.size - 1), torch.inf)
-        full[:, : thresholds.shape[1]] = thresholds
-        last = values[:, -1:].expand(-1, self.size - values.shape[1])
+        full = filled(self.thresholds)
+        self.size = full.shape[1] + 1
+        last = self.values[:, -1:].expand(-1, self.size - self.values.shape[1])
         self.register_buffer("thresholds", full)
-        self.register_buffer("values", torch.cat([values, last], 1))
-        self.register_buffer("group", torch.arange(len(values)))
+        self.register_buffer("values", torch.cat([self.values, last], 1))
+        self.register_buffer("group", torch.arange(len(full)))
 
     def forward(self, x: Tensor) -> Tensor:
         """The values of the site."""
-        group = self.layout.view(cast(Tensor, self.group), x) if len(self.values) > 1 else None
-        half = self.size // 2
-        middle = self.thresholds[:, half - 1]
-        middle = middle[0] if group is None else self.layout.view(middle, x)
-        place = (x >= middle).long() * half
-        while half > 1:
-            half //= 2
-            index = place + (half - 1)
-            index = index if group is None else index + group * (self.size - 1)
-            place = place + (x >= gather(self.thresholds.flatten(), index)).long() * half
-        place = place if group is None else place + group * self.size
-        return gather(self.values.flatten(), place)
+        if len(self.values) == 1:
+            return gather(self.values[0], places(x, self.thresholds[0]))
+        group = self.layout.view(cast(Tensor, self.group), x)
+        found = places(x, self.thresholds.flatten(), self.size, group)
+        return gather(self.values.flatten(), found + group * self.size)
+
+
+def filled(thresholds: Tensor) -> Tensor:
+    """Rising thresholds (..., n), with infinity behind them up to one less than a power of two."""
+    size = 2 ** max(1, thresholds.shape[-1].bit_length())
+    return F.pad(thresholds, (0, size - 1 - thresholds.shape[-1]), value=torch.inf)
+
+
+def places(x: Tensor, thresholds: Tensor, size: int | None = None, group: Tensor | None = None) -> Tensor:
+    """How many thresholds each number reaches, int64.
+
+    Args:
+        x: numbers.
+        thresholds: rising, (2**d - 1,); or those of every group behind each other.
+        size: 2**d, where there are groups.
+        group: of every number, broadcasts over x.
+    """
+    size = len(thresholds) + 1 if size is None else size
+    half, first = size // 2, 0 if group is None else group * (size - 1)
+    place = (x >= gather(thresholds, torch.as_tensor(first + (half - 1)))).long() * half
+    while half > 1:
+        half //= 2
+        place = place + (x >= gather(thresholds, place + (half - 1) + first)).long() * half
+    return place
 
 
 def gather(table: Tensor, index: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from qat.export.graph.grid import grid_of
 from qat.export.graph.ladder import LadderSite
+from qat.export.graph.rows import Lengths, NormSite, SoftmaxSite
 from qat.export.graph.sites import ActivationSite, Folding, Parts, WeightCodes, parts_of
 from qat.models.attention import AttentionSites
 from qat.models.layers import QuantConv2d, QuantLinear
-from qat.quantizers import Quantizer
+from qat.quantizers import IntegerNormQuantizer, LogIntSoftmaxQuantizer, Quantizer
 from qat.sites.insert import quantizers, weights
 
 
@@ -37,8 +38,13 @@ def weight_of(site: nn.Module, weight: Tensor, flip: bool = False, integers: boo
     return Constant(values.mT.contiguous() if flip else values)
 
 
-def activation_of(name: str, quantizer: Quantizer) -> nn.Module:
+def activation_of(model: nn.Module, name: str, quantizer: Quantizer, lengths: Lengths) -> nn.Module:
     """The site of an activation; QatError where it has no ONNX form."""
+    if isinstance(quantizer, LogIntSoftmaxQuantizer):
+        return SoftmaxSite(quantizer, lengths[name])
+    if isinstance(quantizer, IntegerNormQuantizer):
+        norm: Any = model.get_submodule(name.rpartition(".")[0])
+        return NormSite(name, quantizer, norm.weight, norm.bias)
     grid = grid_of(quantizer)
     return LadderSite(name, quantizer) if grid is None else ActivationSite(name, grid)
 
@@ -138,17 +144,24 @@ class GraphAttention:
         right = keys.values if self.moves["k"] else self._repeat(keys.whole())
         scores = (left @ right.transpose(-2, -1)) * self.score_factor  # (B, H, N, N)
         scores = self.scores_quant(scores)
-        for more in (bias, _additive(mask, is_causal, scores)):
-            scores = scores if more is None else scores + more
-        probs, values = parts_of(self.probs_quant, scores.softmax(-1)), parts_of(self.v_quant, v)
+        probs, values = self._probs(scores, bias, mask, is_causal), parts_of(self.v_quant, v)
         mixed = values.values if self.moves["v"] else self._repeat(values.whole())
-        out = (probs.values if self.moves["probs"] else probs.whole()) @ mixed
+        out: Tensor = (probs.values if self.moves["probs"] else probs.whole()) @ mixed
         if self.mix_factor is not None:
             out = out * self.mix_factor
         if self.moves["probs"] and probs.offset is not None:
             sums = mixed.sum(-2, keepdim=True)  # (B, H, 1, D)
             out = out + probs.offset * (sums * values.factor if self.moves["v"] and values.factor is not None else sums)
         return out
+
+    def _probs(self: Any, scores: Tensor, bias: Tensor | None, mask: Tensor | None, is_causal: bool) -> Parts:
+        """Probabilities of scores, to which a bias and a mask are added."""
+        mask = _additive(mask, is_causal, scores)
+        if isinstance(self.probs_quant, SoftmaxSite):
+            return Parts(self.probs_quant(scores if bias is None else scores + bias, mask))
+        for more in (bias, mask):
+            scores = scores if more is None else scores + more
+        return parts_of(self.probs_quant, scores.softmax(-1))
 
 
 def _additive(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
@@ -160,15 +173,19 @@ def _additive(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | 
     return mask
 
 
-def as_graph(model: nn.Module) -> nn.Module:
+def as_graph(model: nn.Module, lengths: Lengths) -> nn.Module:
     """Replace, in place, every layer, attention and site of a quantized model in evaluation mode.
+
+    Args:
+        model: is changed.
+        lengths: of the rows of every softmax in integers.
 
     Raises:
         QatError: a site has no ONNX form.
     """
     for name, quantizer in list(quantizers(model)):
         if quantizer.layout.batched:
-            _replace(model, name, activation_of(name, quantizer))
+            _replace(model, name, activation_of(model, name, quantizer, lengths))
     for module in list(model.modules()):
         if isinstance(module, AttentionSites):
             _use_graph_attention(module)

@@ -26,8 +26,9 @@ onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
 
 FORMS = ["deit", "siglip", "grouped_queries", "beit", "swin_padded", "sret"]  # each kind of attention and of positions
-RECIPES = [("lsq", 4), ("uniform", 3), ("frontier", 4), ("ptq4vit", 6)]
+RECIPES = [("lsq", 4), ("uniform", 3), ("frontier", 4), ("ptq4vit", 6), ("fq_vit_884", 8), ("deploy", 4)]
 CASES = [(form, "vvtq", 4) for form in FORMS if form in MODELS] + [("deit", *recipe) for recipe in RECIPES]
+CASES += [("swin", "fq_vit_884", 8)]
 
 
 def images(count: int) -> torch.Tensor:
@@ -190,4 +191,4 @@ def test_positions_may_have_no_table():
     rules = build_recipe("vvtq", w_bits=4, a_bits=4)
     model = quantize(build_float(arch, None, 10, {**arguments, "use_rel_pos_bias": False}).eval(), rules)
     calibrate(model, [images(4)])
-    assert as_graph(model) is model
+    assert as_graph(model, {}) is model
