@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from qat.errors import QatError
 from qat.quantizers.blocks import row_blocks
 from qat.quantizers.integers import divide, isqrt, leading_bits
-from qat.quantizers.kernels import Bound, Kernels, host_reads
+from qat.quantizers.kernels import Bound, Kernels, host_reads, wide
 from qat.quantizers.layout import Layout
 from qat.quantizers.terms import Term
 from qat.quantizers.uniform import Uniform, UniformQuantizer
@@ -118,7 +118,7 @@ class IntegerNormQuantizer(UniformQuantizer):
     @torch.no_grad()
     def _values(self, y: Tensor, integers: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """``decode(encode(...))`` in the dtype of ``y``, without the codes in between."""
-        out = torch.empty(y.shape, device=y.device)
+        out = torch.empty(y.shape, dtype=wide(y), device=y.device)
         for rounded, target in self._rounded(y, integers, weight, bias, out):
             target.copy_(rounded).clamp_(*self.bounds(y)).add_(0.0).mul_(self.step)  # -0.0 becomes 0.0, as in decode
         return out.to(y.dtype)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qat.checkpoint import Card
 from qat.errors import QatError, first_line
 from qat.export.graph.layers import as_graph
-from qat.export.graph.rows import row_lengths
+from qat.export.graph.rows import rows_of
 from qat.export.graph.sites import FLOAT, SITE
 from qat.preprocessing import Preprocessing
 
@@ -85,9 +85,9 @@ def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activ
     preprocessing = Preprocessing(**card.preprocessing)
     size = preprocessing.size
     example = torch.zeros(2, 3, size, size)
-    with torch.no_grad(), row_lengths(model) as lengths:
+    with torch.no_grad(), rows_of(model) as rows:
         model(example)
-    graph = as_graph(copy.deepcopy(model).eval(), lengths)
+    graph = as_graph(copy.deepcopy(model).eval(), rows)
     if pixels:
         graph, example = FromPixels(graph, preprocessing).eval(), example.to(torch.uint8)
     try:

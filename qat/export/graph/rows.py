@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +25,35 @@ from qat.quantizers.log_int_softmax import LONGEST
 from qat.sites.hooks import watching
 from qat.sites.insert import quantizers
 
-Lengths = Mapping[str, int]  # of the rows that a softmax is given, by the name of its site
+
+class Row(NamedTuple):
+    """What a softmax is given.
+
+    Args:
+        keys: the length of a row.
+        masked: whether a mask is added.
+    """
+
+    keys: int
+    masked: bool
+
+
+Rows = Mapping[str, Row]  # by the name of the site
 
 
 @contextmanager
-def row_lengths(model: nn.Module) -> Iterator[dict[str, int]]:
-    """The number of keys of every softmax in integers that a forward inside the block reaches.
+def rows_of(model: nn.Module) -> Iterator[dict[str, Row]]:
+    """The rows of every softmax in integers that a forward inside the block reaches.
 
     Raises:
         QatError: a softmax is given rows of several lengths.
     """
-    found: dict[str, int] = {}
+    found: dict[str, Row] = {}
 
     def note(name: str, args: tuple[Any, ...]) -> None:
-        length = args[0].shape[-1]
-        if found.setdefault(name, length) != length:
-            raise QatError(
-                f"site {name!r} has rows of {found[name]} and of {length} keys: there is no ONNX form for it"
-            )
+        row = Row(args[0].shape[-1], len(args) > 1 and args[1] is not None)
+        if found.setdefault(name, row) != row:
+            raise QatError(f"site {name!r} is given {found[name]} and {row}: there is no ONNX form for it")
 
     with watching({name: q for name, q in quantizers(model) if q.replaces_softmax}, before=note):
         yield found
@@ -53,7 +64,7 @@ class SoftmaxSite(nn.Module):
 
     Args:
         quantizer: calibrated.
-        keys: of a row, on which exponentials depend.
+        row: what it is given, on which the exponentials depend.
     """
 
     step: Tensor
@@ -61,11 +72,11 @@ class SoftmaxSite(nn.Module):
     thresholds: Tensor
     values: Tensor
 
-    def __init__(self, quantizer: LogIntSoftmaxQuantizer, keys: int) -> None:
+    def __init__(self, quantizer: LogIntSoftmaxQuantizer, row: Row) -> None:
         super().__init__()
         spec, zero = quantizer.spec, float(quantizer.zero_point)
         self.low, self.high = -zero, 2.0**spec.logit_bits - 1 - zero
-        exps, farthest = quantizer.exponentials(keys, LONGEST)
+        exps, farthest = quantizer.exponentials(row.keys, LONGEST if row.masked else 2**spec.logit_bits)
         self.reach = float(farthest) + 2**spec.logit_bits
         values = quantizer.decode(torch.arange(spec.levels))
         thresholds = filled(1.5 * torch.arange(spec.levels - 1, dtype=torch.float64).exp2())  # where a power is next
