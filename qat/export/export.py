@@ -147,7 +147,7 @@ def _onnx(model: nn.Module, card: checkpoint.Card, images: Tensor, options: Expo
     normalized = preprocessing.normalize(images)
 
     def write(file: Path) -> tuple[Found, str]:
-        built = build(model, card, options.pixels, options.activations)
+        built = build(model, card, options.pixels, options.activations, options.opset)
         with replacing(file, "wb") as opened:
             opened.write(built.proto.SerializeToString())
         few = images[:EXACT_IMAGES] if options.pixels else normalized[:EXACT_IMAGES]

@@ -15,6 +15,7 @@ OF_FORMATS = {  # options that only some formats have
     "rest": ("safetensors", "folder"),
     "pixels": ("onnx",),
     "activations": ("onnx",),
+    "opset": ("onnx",),
     "results": ("folder",),
     "base_model": ("folder",),
 }
@@ -34,6 +35,8 @@ class ExportOptions:
         pixels: an ONNX graph reads uint8 images and normalizes them itself.
         activations: how an ONNX graph has activations of 4 bits: in a container of 8 bits, for which runtimes have
             integer kernels, or exact, as UINT4.
+        opset: of an ONNX graph: 21, which runtimes have read for years; 25 stores weights of 2 bits in 2 bits, in place
+            of 4, and needs a newer one, such as onnxruntime 1.32.
         images: folder of images on which the exported model is compared with the checkpoint; random ones when left out.
         force: overwrite the output.
         runs: folder of all runs, for ckpt last.
@@ -49,6 +52,7 @@ class ExportOptions:
     rest: Rest = "float32"
     pixels: bool = False
     activations: Literal["container", "exact"] = "container"
+    opset: Literal[21, 25] = 21
     images: Path | None = None
     force: bool = False
     runs: Path = Path("runs")

@@ -29,7 +29,10 @@ from qat.export.graph.rows import rows_of
 from qat.export.graph.sites import FLOAT, SITE
 from qat.preprocessing import Preprocessing
 
-OPSET, IR = 21, 10  # the first with 4 bits; what every runtime of the last years reads
+Opset = Literal[21, 25]
+OPSET: Opset = 21  # the first with 4 bits; what every runtime of the last years reads
+IR = 10
+OPSET_2_BITS, IR_2_BITS = 25, 12  # the first with 2 bits
 INPUT, OUTPUT = "images", "logits"
 _exports = threading.Lock()
 NEEDS = "onnx and onnxscript write ONNX files, and onnxruntime checks them: pip install 'qat[export]'"
@@ -69,7 +72,10 @@ class FromPixels(nn.Module):
         return logits
 
 
-def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activations = "container") -> Built:
+def build(
+    model: nn.Module, card: Card, pixels: bool = False, activations: Activations = "container",
+    opset: Opset = OPSET,
+) -> Built:  # fmt: skip
     """The ONNX model, a ``ModelProto``, and constants that were folded.
 
     Args:
@@ -77,6 +83,7 @@ def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activ
         card: of the model.
         pixels: the graph reads uint8 images and normalizes them, in place of normalized float32 images.
         activations: 4-bit codes in a ``container`` of 8 bits, or as they are (``exact``).
+        opset: 21; with 25, weights of 2 bits are stored in 2 bits.
 
     Raises:
         QatError: a package is missing, a site has no ONNX form, or the batch came out with a fixed size.
@@ -104,7 +111,7 @@ def build(model: nn.Module, card: Card, pixels: bool = False, activations: Activ
         raise QatError(f"the batch of {card.arch} came out as {first.dim_value}: its graph would read no other one")
     clean(proto, card)
     spell_out(proto)
-    pack_weights(proto)
+    pack_weights(proto, opset)
     if activations == "exact":
         use_four_bits(proto)
     exact = {f"{name}.{key}" if name else key: value.numpy() for name, module in graph.named_modules()
@@ -194,27 +201,35 @@ def remove_unused(proto: Any) -> None:
         proto.graph.initializer.remove(tensor)
 
 
-def pack_weights(proto: Any) -> None:
-    """Store the codes of weights that fit into 4 bits as INT4, and cast them to INT8 first.
+def pack_weights(proto: Any, opset: Opset) -> None:
+    """Store the codes of weights that fit into 4 bits as INT4, or into 2 bits as INT2, and cast them to INT8 first.
 
     Runtimes fold that cast when they load the model. Without it, they take the weight for one that is kept in 4 bits,
-    and compute its product in floating point.
+    and compute its product in floating point. No operator of the graph changes its meaning from opset 21 to 25.
     """
     from onnx import TensorProto, helper, numpy_helper
 
     codes = {node.input[0] for node in proto.graph.node if node.op_type in ("DequantizeLinear", "Cast")}
+    widths = [(4, TensorProto.INT4)]
+    if opset == OPSET_2_BITS:
+        proto.ir_version, proto.opset_import[0].version = IR_2_BITS, OPSET_2_BITS
+        widths = [(2, TensorProto.INT2), *widths]
     casts = []
     for tensor in proto.graph.initializer:
         if tensor.name not in codes or tensor.data_type != TensorProto.INT8:
             continue
         values = numpy_helper.to_array(tensor)
-        if values.min() < -8 or values.max() > 7:
+        half = max(-int(values.min()), int(values.max()) + 1)
+        fitting = [(bits, kind) for bits, kind in widths if half <= 2 ** (bits - 1)]
+        if not fitting:
             continue
-        nibbles = np.resize(values.flatten() & 15, values.size + values.size % 2).astype(np.uint8)
-        packed, plain = tensor.name + "_int4", tensor.name
+        bits, kind = fitting[0]
+        parts = np.resize(values.flatten() & (2**bits - 1), -(-values.size * bits // 8) * 8 // bits).astype(np.uint8)
+        packed, plain = f"{tensor.name}_int{bits}", tensor.name
         casts.append(helper.make_node("Cast", [packed], [plain], to=TensorProto.INT8))
-        tensor.name, tensor.data_type = packed, TensorProto.INT4
-        tensor.raw_data = (nibbles[::2] | nibbles[1::2] << 4).tobytes()
+        tensor.name, tensor.data_type = packed, kind
+        shifts = range(0, 8, bits)
+        tensor.raw_data = np.bitwise_or.reduce([parts[i :: len(shifts)] << s for i, s in enumerate(shifts)]).tobytes()
     nodes = [*casts, *proto.graph.node]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)

@@ -146,6 +146,20 @@ def test_the_model_stays_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.skipif(not hasattr(onnx.TensorProto, "INT2"), reason="this version of onnx has no INT2")
+def test_weights_of_two_bits_can_be_stored_in_two_bits(tmp_path):
+    model, card = made("deit", "vvtq", 2)
+    found, plain = build(model, card, opset=25), build(model, card)
+    onnx.checker.check_model(found.proto, full_check=True)
+    stored = [tensor for tensor in found.proto.graph.initializer if tensor.data_type == onnx.TensorProto.INT2]
+    assert len(stored) == 8, "four layers in each of two blocks; patches and head have 8 bits"
+    assert all(len(tensor.raw_data) == -(-int(np.prod(tensor.dims)) // 4) for tensor in stored)
+    assert same_function(found, model, images(2), Preprocessing(**card.preprocessing))[0] == 0
+    (tmp_path / "a.onnx").write_bytes(found.proto.SerializeToString())
+    assert in_runtime(tmp_path / "a.onnx", model, images(2), images(2))["same_class"] == 1
+    assert found.proto.ByteSize() < plain.proto.ByteSize()
+
+
 def test_activations_of_four_bits_can_be_what_they_are(tmp_path):
     model, card = made("deit", "vvtq", 4)
     exact = build(model, card, activations="exact")
