@@ -22,7 +22,7 @@ LEVELS = [  # docs/architecture.md has the same table; there is no exception
     {"sites"},
     {"models"},
     {"ptq", "checkpoint"},
-    {"export", "official", "training"},
+    {"export", "integer", "official", "training"},
     {"callbacks", "labeling"},
     {"cli"},
     {"__main__"},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import qat
@@ -21,9 +22,8 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 def test_the_first_program_finds_the_weights(ckpt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["export", "--ckpt", str(ckpt), "--output", "deit_t_w4a4.safetensors"]) == 0
-    program, _ = PROGRAMS
     scope: dict[str, object] = {}
-    exec(program, scope)
+    exec(PROGRAMS[0], scope)
     layer = qat.load(tmp_path / "deit_t_w4a4.safetensors").blocks[0].attn.qkv
     assert np.array_equal(scope["weight"], layer.weight_quant(layer.weight).detach().numpy())
 
@@ -37,3 +37,11 @@ def test_the_second_program_classifies_a_photo(ckpt, images, tmp_path, monkeypat
         capsys.readouterr()
         exec(PROGRAMS[1], {})
         assert capsys.readouterr().out.strip() == name
+
+
+def test_the_third_program_compares_codes(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--ckpt", str(ckpt), "--output", "deit_t_w4a4.safetensors"]) == 0
+    scope: dict[str, object] = {"images": torch.randn(2, 3, 32, 32)}
+    exec(PROGRAMS[2], scope)
+    assert scope["found"]["float64"]["unequal"] == 0
