@@ -28,6 +28,7 @@ from qat.quantizers.candidates import TableSpace, least_error, thinned
 from qat.quantizers.layout import Layout
 from qat.quantizers.pieces import pieces
 from qat.quantizers.quantizer import MIN_STEP, Quantizer
+from qat.quantizers.recompute import keeps_operands
 from qat.quantizers.space import Space, Table
 from qat.quantizers.spec import Spec
 from qat.quantizers.terms import Term, constant, shifted
@@ -219,16 +220,22 @@ def folded_bias(bias: Tensor, weight: Tensor, shift: float) -> Tensor:
 
 
 class FakeAdaLog(torch.autograd.Function):
-    """Quantize and dequantize; keeps only ``x`` for backward and computes the rest again."""
+    """Quantize and dequantize.
+
+    Keeps only ``x`` for backward and computes the rest again, unless operands are kept: then the powers are, too.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, rows: Tensor, spec: AdaLog, shift: float) -> Tensor:
         """Values, in the dtype of ``x``."""
-        ctx.save_for_backward(x, step, rows)
         ctx.spec, ctx.shift = spec, shift
         out, table = torch.empty(x.shape, dtype=x.dtype, device=x.device), spec.tables(x.device)
-        for part, target, scale, row in pieces((x, out), (step, rows)):
+        powers = torch.empty(x.shape, device=x.device) if keeps_operands() else None
+        ctx.save_for_backward(x, step, rows, powers)
+        for part, target, kept, scale, row in pieces((x, out, out if powers is None else powers), (step, rows)):
             found = picked(table.values, cells(part, scale, row, table.reach, shift))
+            if powers is not None:
+                kept.copy_(found)
             if spec.shifted:
                 torch.sub(found.mul_(scale), shift, out=target)
             else:
@@ -239,12 +246,15 @@ class FakeAdaLog(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and ``step`` (equations at the top of the file)."""
-        x, step, rows = ctx.saved_tensors
+        x, step, rows, powers = ctx.saved_tensors
         table = ctx.spec.tables(x.device)
         d_x = torch.empty(x.shape, dtype=grads[0].dtype, device=x.device)
         d_step = torch.empty(x.shape, dtype=step.dtype, device=x.device)
-        for part, grad, d, slope, scale, row in pieces((x, grads[0], d_x, d_step), (step, rows)):
-            found = picked(table.values, cells(part, scale, row, table.reach, ctx.shift))
-            torch.mul(grad, (found > 0) & (part + ctx.shift <= scale), out=d)
+        whole = (x, grads[0], d_x, d_step, d_step if powers is None else powers)
+        for part, grad, d, slope, found, scale, row in pieces(whole, (step, rows)):
+            if powers is None:
+                found = picked(table.values, cells(part, scale, row, table.reach, ctx.shift))
+            torch.le(part + ctx.shift if ctx.shift else part, scale, out=d)  # as a float: five times as fast as a bool
+            d.mul_(torch.gt(found, 0, out=torch.empty_like(found))).mul_(grad)
             torch.mul(found, grad, out=slope)
         return d_x, d_step.sum_to_size(step.shape), None, None, None

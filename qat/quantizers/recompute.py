@@ -42,10 +42,15 @@ def operands_kept() -> Iterator[None]:
         _keeps.reset(token)
 
 
+def keeps_operands() -> bool:
+    """Whether the caller is inside of such a block."""
+    return _keeps.get()
+
+
 def recompute_operands(op: Callable[..., Tensor], *operands: SiteInput) -> Tensor:
     """``op`` of the quantized operands, none of which is kept for backward if it can be computed again."""
     quantized = [site(x) for site, x in operands]
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _keeps.get():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or keeps_operands():
         return op(*quantized)
     device = quantized[0].device.type
     if torch.is_autocast_enabled(device):  # the product would cast too, but here the result is known by its address

@@ -62,7 +62,7 @@ class TestAdaRound:
     def test_its_regularizer_and_the_exponent(self, t, beta, total):
         rule = AdaRound(regularizer=1)
         assert rule.beta(t / 20000) == pytest.approx(beta)
-        found = rounded(rule).regularizer(t / 20000)
+        found = rounded(rule).regularizer(t / 20000).detach()
         assert float(found) == pytest.approx(total, abs=2e-5)
 
     def test_a_part_of_the_iterations_is_free_of_it(self):

@@ -31,8 +31,7 @@ class Adam:
     def __init__(self, wanted: Sequence[Group], betas: tuple[float, float] = (0.9, 0.999)) -> None:
         self.groups = [group for group in wanted if group.parameters and group.lr]
         groups = [{"params": group.parameters, "lr": group.lr} for group in self.groups]
-        on_gpu = all(p.is_cuda for group in self.groups for p in group.parameters)
-        self.inner = torch.optim.Adam(groups, betas=betas, fused=on_gpu or None)
+        self.inner = torch.optim.Adam(groups, betas=betas, fused=True)
 
     def step(self, progress: float) -> None:
         """Take a step at a share 0 to 1 of all iterations."""

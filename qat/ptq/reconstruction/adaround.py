@@ -78,6 +78,7 @@ class RoundedWeight(LearnedWeight):
         self.floor = ratio.floor()
         gamma, zeta = STRETCH
         self.V = nn.Parameter(-((zeta - gamma) / (ratio - self.floor - gamma) - 1).log())
+        self._trained: Tensor | None = None  # h of the last forward in training, which the regularizer shares
 
     def up(self) -> Tensor:
         """h, how far every weight is rounded up."""
@@ -86,14 +87,16 @@ class RoundedWeight(LearnedWeight):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Values between two codes in training, on one of them in evaluation mode."""
-        up = self.up() if self.training else (self.V >= 0).to(self.V.dtype)
+        self._trained = up = self.up() if self.training else (self.V >= 0).to(self.V.dtype)
         return torch.clamp(self.floor + up, self.low, self.high) * self.scale
 
     def regularizer(self, progress: float) -> Tensor | None:
         """The distance of h from 0 and 1."""
         if progress < self.rule.free or not self.rule.regularizer:
             return None
-        bend = (2 * self.up() - 1).abs().pow(self.rule.beta(progress))
+        up = self.up() if self._trained is None else self._trained
+        self._trained = None
+        bend = (2 * up - 1).abs().pow(self.rule.beta(progress))
         return self.rule.regularizer * (1 - bend).sum()
 
     @torch.no_grad()
