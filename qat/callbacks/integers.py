@@ -20,12 +20,17 @@ class IntegerProducts(L.Callback):
 
     def __init__(self) -> None:
         self._simulated: Any = None
+        self.found: dict[str, int] = {}  # for the results: how many products, and the widest accumulator
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the model that multiplies integers in the place of the other one; QatError elsewhere than on a CPU."""
         assert isinstance(pl_module, QATModule)
         if pl_module.device.type != "cpu":
             raise QatError("--integer true: torch multiplies int32 on a CPU alone: add --trainer.accelerator cpu")
+        if trainer.precision != "32-true":
+            raise QatError(
+                f"--integer true needs float32 between products, and trainer.precision is {trainer.precision}"
+            )
         self._simulated = pl_module.model
         pl_module.model = use_integers(copy.deepcopy(pl_module.model))
 
@@ -38,4 +43,13 @@ class IntegerProducts(L.Callback):
         told = f"; in floating point: {', '.join(others)}" if others else ""
         counts = len(integer), len(found), bits
         log.info("%d of %d products multiplied integers, in accumulators of %d bits at most%s", *counts, told)
-        pl_module.model = self._simulated
+        self.found = dict(zip(("integer", "all", "accumulator_bits"), counts, strict=True))
+        self._put_back(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the model back."""
+        self._put_back(pl_module)
+
+    def _put_back(self, pl_module: L.LightningModule) -> None:
+        if self._simulated is not None:
+            pl_module.model, self._simulated = self._simulated, None

@@ -43,7 +43,8 @@ OF_ALL_VERBS = {
 RESULTS_FILE = Option(
     Path | None, None,
     "JSON file to write: top1 and top5 in percent, loss, images, seconds, model, recipe, size_mb, and "
-    "calibration, where there was one. A run that calibrates writes it to its folder in any case.",
+    "calibration, where there was one; products, where they were integer. A run that calibrates writes it to its "
+    "folder in any case.",
 )  # fmt: skip
 RESUME = Option(
     Path | None, None,

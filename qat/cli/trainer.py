@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from qat.callbacks import Calibrate, RecordSites, WritePredictions
+from qat.callbacks import Calibrate, IntegerProducts, RecordSites, WritePredictions
 from qat.cli.check_paths import check_folder
 from qat.cli.summary import after_validation, show
 from qat.errors import QatError
@@ -104,6 +104,8 @@ class Trainer(L.Trainer):
             seconds = time.perf_counter() - started - sum(callback.seconds for callback in self._of(Calibrate))
             results = {key: metrics[f"val/{key}"] for key in ("top1", "top5", "loss")}
             results |= {"images": round(metrics["val/images"]), "seconds": round(seconds, 2)}
+        for callback in self._of(IntegerProducts):
+            results["products"] = callback.found  # the accuracy is that of integers
         return results | _about(model)
 
     def _write(self, results: Mapping[str, Any], results_file: Path | None) -> None:

@@ -47,6 +47,11 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
     return found
 
 
+def _how(results: Mapping[str, Any]) -> str:
+    """What is to be said of an accuracy that is not the simulation's."""
+    return ", computed with integers" if results.get("products") else ""
+
+
 def write_config(path: Path, model: nn.Module, card: Card) -> None:
     """Write config.json as timm has it for a model on the hub, with the rules of the quantizers."""
     seen = card.preprocessing
@@ -99,7 +104,7 @@ def write_model_card(
         f"| bit operations | {costs.bit_operations / 1e9:.2f} G per image "
         f"(float32: {costs.float_bit_operations / 1e9:.2f} G) |",
         *(
-            f"| top-1, top-5 | {r['top1']:.2f} %, {r['top5']:.2f} % on {r['images']} validation images |"
+            f"| top-1, top-5 | {r['top1']:.2f} %, {r['top5']:.2f} % on {r['images']} validation images{_how(r)} |"
             for r in results
         ),
     ]

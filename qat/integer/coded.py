@@ -18,9 +18,20 @@ from qat.quantizers.terms import Term, whole
 
 MOVES: set[Any] = {
     Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose, Tensor.flatten, Tensor.unflatten, Tensor.unbind,
-    Tensor.chunk, Tensor.contiguous, Tensor.expand, Tensor.unsqueeze, Tensor.squeeze, Tensor.__getitem__, torch.roll,
-    torch.unbind, torch.flatten, torch.permute, torch.transpose, torch.reshape, F.pad, torch.nn.functional.pad,
+    Tensor.chunk, Tensor.split, Tensor.contiguous, Tensor.expand, Tensor.unsqueeze, Tensor.squeeze, Tensor.__getitem__,
+    Tensor.index_select, torch.roll, torch.unbind, torch.chunk, torch.split, torch.index_select, torch.flatten,
+    torch.permute, torch.transpose, torch.reshape, F.pad,
 }  # fmt: skip
+
+
+def moves(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Whether a function only moves what a tensor consists of, and pads with nothing but zeros."""
+    if func is Tensor.view and isinstance(args[1], torch.dtype):
+        return False
+    if func is F.pad:
+        given = dict(zip(("mode", "value"), args[2:], strict=False)) | options
+        return given.get("mode", "constant") == "constant" and not given.get("value")
+    return func in MOVES
 
 
 class Operand(NamedTuple):
@@ -48,7 +59,7 @@ class Operand(NamedTuple):
 class CodedTensor(Tensor):
     """A tensor with its operand, whose factors are single numbers."""
 
-    operand: Operand
+    operand: Operand | None  # None once its values were changed in place
 
     @staticmethod
     def of(values: Tensor, operand: Operand) -> CodedTensor:
@@ -68,7 +79,11 @@ class CodedTensor(Tensor):
             if func is F.dropout and not kwargs.get("training", True):
                 return given
             out = func(*plain, **{name: plain_tensor(value) for name, value in kwargs.items()})
-            if func not in MOVES or not isinstance(given, CodedTensor):
+            if not isinstance(given, CodedTensor):
+                return out
+            if func is Tensor.__setitem__ or getattr(func, "__name__", "").rstrip("_") + "_" == func.__name__:
+                given.operand = None  # it has other values now
+            if given.operand is None or not moves(func, args, kwargs):
                 return out
             moved = [(func(term.integers, *plain[1:], **kwargs), term.factor) for term in given.operand.terms]
             spec = given.operand.spec

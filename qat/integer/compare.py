@@ -1,6 +1,7 @@
 """How far a model that multiplies integers is from the one that simulates them.
 
-In float64 both are the same function, so every code has to be equal. In float32 they differ where a sum of products,
+In float64 both are the same function, so every code has to be equal (the powers of `AdaLog` are float32 in both). In
+float32 they differ where a sum of products,
 which the simulation rounds at every addition and an integer accumulator does not, falls next to the boundary of two
 codes. One such code changes others behind it; so units are also compared one by one, each on what the simulation gives
 it. Codes that stand for the same value, such as the two zeros of `TwinGelu`, count as equal.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import QatError
-from qat.integer.modules import use_integers
+from qat.integer.modules import CodedSite, use_integers
 from qat.quantizers import Quantizer
 from qat.sites.family import family_of
 from qat.sites.hooks import watching
@@ -68,15 +69,26 @@ def compare(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 
 def _by_unit(model: nn.Module, integer: nn.Module, x: Tensor) -> Iterator[tuple[str, Count]]:
-    """Each unit on what the simulation gives it."""
+    """Each unit on what the simulation gives it, with the codes that the site at the end of the unit before gave."""
     try:
         ours, theirs = (family_of(one).units(one) for one in (model, integer))
     except QatError:  # the family is no chain
         return
+    closing: list[tuple[str, Tensor]] = []
+
+    def note(name: str, args: tuple[Any, ...], out: Tensor) -> None:
+        closing.append((name, out))
+
+    given = x
     for mine, other in zip(ours, theirs, strict=True):
-        given = x
-        yield mine.name, _count(model, integer, lambda one: (mine if one is model else other).run(given))  # noqa: B023
-        x = mine.run(x)
+        with watching({name: q for name, q in quantizers(model) if q.layout.batched}, after=note):
+            following = mine.run(x)
+        name, out = closing[-1] if closing else ("", x)
+        yield mine.name, _count(model, integer, lambda one: mine.run(x) if one is model else other.run(given))  # noqa: B023
+        x = given = following
+        if name and out.shape == x.shape and torch.equal(out, x):
+            site: Any = integer.get_submodule(name)
+            given = site.coded(x) if isinstance(site, CodedSite) else x
 
 
 def _count(ours: nn.Module, theirs: nn.Module, run: Callable[[nn.Module], Tensor]) -> Count:

@@ -15,7 +15,7 @@ from qat.quantizers import IntegerNorm
 PRODUCTS = (LINEAR := "linear", CONVOLUTION := "convolution", SCORES := "q k", MIXED := "probabilities v")
 
 
-class Row(NamedTuple):
+class Operation(NamedTuple):
     """An operation.
 
     Args:
@@ -40,7 +40,7 @@ class Row(NamedTuple):
         return self.what in PRODUCTS
 
 
-def rows(model: nn.Module) -> Iterator[Row]:
+def rows(model: nn.Module) -> Iterator[Operation]:
     """Every product, softmax, norm and activation function, in the order of the modules.
 
     Args:
@@ -50,15 +50,15 @@ def rows(model: nn.Module) -> Iterator[Row]:
         if isinstance(module, IntegerAttention):
             kind: Any = module
             yield _product(f"{name}.scores", SCORES, kind.score_accumulators)
-            yield Row(name, "softmax", kind.softmax_is_quantized)
+            yield Operation(name, "softmax", kind.softmax_is_quantized)
             yield _product(f"{name}.mixed", MIXED, kind.mix_accumulators)
         if isinstance(module, QuantLinear | QuantConv2d):
             what = LINEAR if isinstance(module, QuantLinear) else CONVOLUTION
             yield _product(name, what, getattr(module, "accumulators", None))
         if isinstance(module, QuantLayerNorm | QuantRmsNorm | nn.BatchNorm1d | nn.BatchNorm2d):
-            yield Row(name, "norm", isinstance(module, QuantLayerNorm) and _computes_with_integers(module))
+            yield Operation(name, "norm", isinstance(module, QuantLayerNorm) and _computes_with_integers(module))
         if type(module).__module__.startswith(("torch.nn.modules.activation", "timm.layers.activations")):
-            yield Row(name, type(module).__name__, False)
+            yield Operation(name, type(module).__name__, False)
 
 
 def _computes_with_integers(norm: QuantLayerNorm) -> bool:
@@ -67,8 +67,8 @@ def _computes_with_integers(norm: QuantLayerNorm) -> bool:
     return bool(norm.source) and isinstance(spec, IntegerNorm) and spec.arithmetic == "integer"
 
 
-def _product(name: str, what: str, noted: Accumulators | None) -> Row:
+def _product(name: str, what: str, noted: Accumulators | None) -> Operation:
     """The row of a product."""
     if noted is None or noted.floats or not noted.products:
-        return Row(name, what, False)
-    return Row(name, what, True, noted.operands, noted.products, noted.bits)
+        return Operation(name, what, False)
+    return Operation(name, what, True, noted.operands, noted.products, noted.bits)

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.errors import QatError
 from qat.integer.coded import CodedTensor, Operand, plain_tensor
 from qat.integer.products import Accumulators, convolution, matrix_product
 from qat.models.attention import AttentionSites, additive
 from qat.models.layers import QuantConv2d, QuantLinear
 from qat.quantizers import Quantizer
-from qat.sites.insert import quantizers
+from qat.sites.insert import quantizers, raise_for_uncalibrated
 
 
 class IntegerSite(nn.Module):
@@ -46,10 +47,12 @@ class CodedSite(IntegerSite):
     def forward(self, *args: Any) -> Any:
         """The values of what the quantizer is given."""
         codes = self.quantizer.encode(*args)
-        return CodedTensor.of(self.quantizer.decode(codes).to(args[0].dtype), self._operand(codes))
+        operand = Operand(self.quantizer.terms(codes), self.quantizer.spec)
+        return CodedTensor.of(self.quantizer.decode(codes).to(args[0].dtype), operand)
 
-    def _operand(self, codes: Tensor) -> Operand:
-        return Operand(self.quantizer.terms(codes), self.quantizer.spec)
+    def coded(self, values: Tensor) -> CodedTensor:
+        """Values that the site has given, with their codes; to quantize them again changes nothing."""
+        return CodedTensor.of(values, Operand(self.quantizer.terms(self.quantizer.encode(values)), self.quantizer.spec))
 
 
 class IntegerWeight(nn.Module):
@@ -75,7 +78,9 @@ class IntegerWeight(nn.Module):
 
 def operand_of(found: Operand | Tensor) -> Operand | Tensor:
     """What a site gives; where it is in floating point, the codes that the tensor has from before, if any."""
-    return found.operand if isinstance(found, CodedTensor) else found
+    if isinstance(found, CodedTensor):
+        return found.as_subclass(Tensor) if found.operand is None else found.operand
+    return found
 
 
 def product(a: Operand | Tensor, b: Operand | Tensor, noted: Accumulators) -> Tensor:
@@ -157,9 +162,18 @@ def use_integers(model: nn.Module) -> nn.Module:
         model: is changed.
 
     Raises:
-        QatError: a quantizer has no form in whole numbers.
+        QatError: a quantizer is not calibrated, or has no form in whole numbers; the products are integer already.
     """
-    known = dict(quantizers(model))
+    if any(isinstance(module, IntegerSite | IntegerWeight) for module in model.modules()):
+        raise QatError("the products of this model are integer already")
+    raise_for_uncalibrated(model)
+    known = {name: quantizer for name, quantizer in quantizers(model) if quantizer.enabled}
+    for name, quantizer in known.items():
+        if type(quantizer).terms is Quantizer.terms and quantizer.affine() is None:
+            raise QatError(
+                f"site {name!r} has {quantizer.spec}, which does not say what its codes stand for: give "
+                f"{type(quantizer).__name__} a method `terms`, see qat/quantizers/terms.py"
+            )
     for name, module in list(model.named_modules()):
         place = f"{name}." if name else ""
         if isinstance(module, QuantLinear | QuantConv2d) and f"{place}weight_quant" in known:

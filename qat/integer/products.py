@@ -2,10 +2,10 @@
 
     sum_k a_k b_k = sum over terms i of a, j of b:  (f_i g_j) * sum_k I_ik J_jk
 
-The sum over k is one of integers: int32, or int64 where an int32 could overflow. A factor that changes along k, such as
-a step for each head at a projection, cuts the sum: each part has an accumulator of its own. An accumulator is converted
-to floating point, multiplied by both factors, and the bias is added: that is all the floating point there is, once for
-every output (requantization).
+The sum over k is one of integers: int32, or int64 where an int32 could overflow; where an int64 could, an operand is
+cut into words of 24 bits, each with a sum of its own. So does a factor that changes along k, such as a step for each
+head at a projection. An accumulator is converted to floating point, multiplied by both factors, and the bias is added:
+that is all the floating point there is, once for every output (requantization).
 
 Shapes: K entries that are summed, M and N rows of the operands.
 """
@@ -23,7 +23,8 @@ from qat.errors import QatError
 from qat.integer.coded import Operand
 from qat.quantizers.terms import Term
 
-INT32 = 2**31 - 1
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+WORD = 24  # bits
 Pair = tuple[Term, Term]
 
 
@@ -107,14 +108,37 @@ def _part(term: Term, axis: int, start: int, end: int) -> Term:
     return Term(integers, factor.narrow(axis, start, 1) if factor.ndim > 1 and factor.shape[axis] > 1 else factor)
 
 
+def bound_of(a: Tensor, b: Tensor, axes: tuple[int, ...]) -> int:
+    """The largest magnitude of any partial sum: the largest integer of one, times the largest sum over axes of b."""
+    return int(a.abs().max()) * int(b.abs().sum(axes).max()) if a.numel() and b.numel() else 0
+
+
+def in_words(left: Term, right: Term, axes: tuple[int, ...]) -> Iterator[Pair]:
+    """Both terms; where a sum of their products could overflow 64 bits, the wider one in words of 24 bits."""
+    if bound_of(left.integers, right.integers, axes) <= INT64:
+        yield left, right
+    elif left.integers.abs().max() >= right.integers.abs().max():
+        for word in words(left):
+            yield from in_words(word, right, axes)
+    else:
+        for word in words(right):
+            yield from in_words(left, word, axes)
+
+
+def words(term: Term) -> tuple[Term, Term]:
+    """The lowest 24 bits, and the others."""
+    low = term.integers & (2**WORD - 1)
+    return Term(low, term.factor), Term(term.integers >> WORD, term.factor * 2.0**WORD)
+
+
 def _sum(
     pairs: list[Pair], multiply: Callable[[Tensor, Tensor], Tensor], turned: Callable[[Tensor], Tensor],
     axes: tuple[int, ...], noted: Accumulators,
 ) -> Tensor:  # fmt: skip
     """The sum of products of integers, each times its factors; ``axes`` of the right operand are summed over."""
-    parts = []
+    parts, pairs = [], [pair for wide in pairs for pair in in_words(*wide, axes)]
     for left, right in pairs:
-        bound = int(left.integers.abs().max()) * int(right.integers.abs().sum(axes).max())
+        bound = bound_of(left.integers, right.integers, axes)
         noted.note(len(pairs), bound)
         kind = torch.int32 if bound <= INT32 else torch.int64
         sums = multiply(left.integers.to(kind), right.integers.to(kind))

@@ -78,7 +78,7 @@ class UnitStore:
             "tensors": {name: value.detach().cpu() for name, value in tensors_of(here).items()},
             "chosen": dict(method.chosen),
             "report": dict(method.report),
-            "seconds": self.seconds_before + time.monotonic() - self._started,
+            "seconds": self._seconds(),
         }
         self._write(self._file(here.index), content)
         for state in self.folder.glob(STATE):
@@ -101,7 +101,7 @@ class UnitStore:
 
     def save_state(self, key: str, state: dict[str, Any]) -> None:
         """Keep the state of a training of the unit that is under way; a key begins with its number and a space."""
-        self._write(self._state_file(key), {"key": key, "state": state})
+        self._write(self._state_file(key), {"key": key, "state": state, "seconds": self._seconds()})
 
     def state(self, key: str) -> dict[str, Any] | None:
         """The state of a step, if it is the one that was under way."""
@@ -109,7 +109,14 @@ class UnitStore:
             return None
         content = self._read(self._state_file(key))
         found: dict[str, Any] = content["state"]
-        return found if content["key"] == key else None
+        if content["key"] != key:
+            return None
+        self.seconds_before = max(self.seconds_before, content["seconds"] - (time.monotonic() - self._started))
+        return found
+
+    def _seconds(self) -> float:
+        """That the calibration has taken so far, in all processes."""
+        return self.seconds_before + time.monotonic() - self._started
 
     def count(self) -> int:
         """How many units are finished."""

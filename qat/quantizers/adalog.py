@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from qat.errors import QatError
 from qat.quantizers.adalog_tables import LEAST, MOST, PARTS, Tables, cells, denominator, mantissas, picked, tables
 from qat.quantizers.candidates import TableSpace, least_error, thinned
+from qat.quantizers.kernels import wide
 from qat.quantizers.layout import Layout
 from qat.quantizers.pieces import pieces
 from qat.quantizers.quantizer import MIN_STEP, Quantizer
@@ -254,7 +255,8 @@ class FakeAdaLog(torch.autograd.Function):
         for part, grad, d, slope, found, scale, row in pieces(whole, (step, rows)):
             if powers is None:
                 found = picked(table.values, cells(part, scale, row, table.reach, ctx.shift))
-            torch.le(part + ctx.shift if ctx.shift else part, scale, out=d)  # as a float: five times as fast as a bool
+            shifted_part = part.to(wide(part)) + ctx.shift if ctx.shift else part
+            torch.le(shifted_part, scale, out=d)  # as a float: five times as fast as a bool
             d.mul_(torch.gt(found, 0, out=torch.empty_like(found))).mul_(grad)
             torch.mul(found, grad, out=slope)
         return d_x, d_step.sum_to_size(step.shape), None, None, None

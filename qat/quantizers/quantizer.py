@@ -117,8 +117,9 @@ class Quantizer(nn.Module, ABC):
         affine = self.affine()
         if affine is None:
             raise QatError(f"{type(self.spec).__name__} states no form in whole numbers (terms)")
-        zero = self.view(affine.zero_point, codes).round().long()
-        return [Term(codes.long() - zero, self.view(affine.scale, codes))]
+        if not torch.equal(affine.zero_point, affine.zero_point.round()):
+            raise QatError(f"a zero point of {type(self.spec).__name__} is {affine.zero_point[0]:g}, no whole number")
+        return [Term(codes.long() - self.view(affine.zero_point, codes).long(), self.view(affine.scale, codes))]
 
     @property
     def whole_steps(self) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qat.checkpoint import Card
 from qat.errors import QatError, first_line
 from qat.export.graph.layers import as_graph
-from qat.export.graph.rows import rows_of
+from qat.export.graph.rows import keys_of
 from qat.export.graph.sites import FLOAT, SITE
 from qat.preprocessing import Preprocessing
 
@@ -92,9 +92,9 @@ def build(
     preprocessing = Preprocessing(**card.preprocessing)
     size = preprocessing.size
     example = torch.zeros(2, 3, size, size)
-    with torch.no_grad(), rows_of(model) as rows:
+    with torch.no_grad(), keys_of(model) as keys:
         model(example)
-    graph = as_graph(copy.deepcopy(model).eval(), rows)
+    graph = as_graph(copy.deepcopy(model).eval(), keys)
     if pixels:
         graph, example = FromPixels(graph, preprocessing).eval(), example.to(torch.uint8)
     try:
@@ -212,7 +212,11 @@ def pack_weights(proto: Any, opset: Opset) -> None:
     codes = {node.input[0] for node in proto.graph.node if node.op_type in ("DequantizeLinear", "Cast")}
     widths = [(4, TensorProto.INT4)]
     if opset == OPSET_2_BITS:
-        proto.ir_version, proto.opset_import[0].version = IR_2_BITS, OPSET_2_BITS
+        if not hasattr(TensorProto, "INT2"):
+            raise QatError("--opset 25 needs a newer version of onnx: pip install --upgrade onnx, or leave it out")
+        proto.ir_version = IR_2_BITS
+        for domain in proto.opset_import:
+            domain.version = OPSET_2_BITS if domain.domain == "" else domain.version
         widths = [(2, TensorProto.INT2), *widths]
     casts = []
     for tensor in proto.graph.initializer:
@@ -224,7 +228,7 @@ def pack_weights(proto: Any, opset: Opset) -> None:
         if not fitting:
             continue
         bits, kind = fitting[0]
-        parts = np.resize(values.flatten() & (2**bits - 1), -(-values.size * bits // 8) * 8 // bits).astype(np.uint8)
+        parts = np.pad((values.flatten() & (2**bits - 1)).astype(np.uint8), (0, -values.size % (8 // bits)))
         packed, plain = f"{tensor.name}_int{bits}", tensor.name
         casts.append(helper.make_node("Cast", [packed], [plain], to=TensorProto.INT8))
         tensor.name, tensor.data_type = packed, kind

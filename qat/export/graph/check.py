@@ -79,10 +79,8 @@ def same_function(
         preprocessing: how uint8 images are normalized.
     """
     double = copy.deepcopy(model)
-    for site in weights(double):
-        site.weight.copy_(
-            site.quantizer(site.weight)
-        )  # codes of float32 on both sides: in float64, ties fall otherwise
+    for site in weights(double):  # codes of float32 on both sides: in float64, ties fall otherwise
+        site.weight.copy_(site.quantizer(site.weight))
     double = double.double()
     with integers_of(double) as ours:
         logits = double(images.double() if images.is_floating_point() else in_float64(images, preprocessing)).numpy()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qat.export.graph.grid import grid_of
 from qat.export.graph.ladder import LadderSite
-from qat.export.graph.rows import NormSite, Rows, SoftmaxSite
+from qat.export.graph.rows import KeysOfSites, NormSite, SoftmaxSite
 from qat.export.graph.sites import ActivationSite, Folding, Parts, WeightCodes, parts_of
 from qat.models.attention import AttentionSites
 from qat.models.layers import QuantConv2d, QuantLinear
@@ -38,10 +38,10 @@ def weight_of(site: nn.Module, weight: Tensor, flip: bool = False, integers: boo
     return Constant(values.mT.contiguous() if flip else values)
 
 
-def activation_of(model: nn.Module, name: str, quantizer: Quantizer, rows: Rows) -> nn.Module:
+def activation_of(model: nn.Module, name: str, quantizer: Quantizer, keys: KeysOfSites) -> nn.Module:
     """The site of an activation; QatError where it has no ONNX form."""
     if isinstance(quantizer, LogIntSoftmaxQuantizer):
-        return SoftmaxSite(quantizer, rows[name])
+        return SoftmaxSite(quantizer, keys[name])
     if isinstance(quantizer, IntegerNormQuantizer):
         norm: Any = model.get_submodule(name.rpartition(".")[0])
         return NormSite(name, quantizer, norm.weight, norm.bias)
@@ -173,19 +173,19 @@ def _additive(mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | 
     return mask
 
 
-def as_graph(model: nn.Module, rows: Rows) -> nn.Module:
+def as_graph(model: nn.Module, keys: KeysOfSites) -> nn.Module:
     """Replace, in place, every layer, attention and site of a quantized model in evaluation mode.
 
     Args:
         model: is changed.
-        rows: of every softmax in integers.
+        keys: of every softmax in integers.
 
     Raises:
         QatError: a site has no ONNX form.
     """
     for name, quantizer in list(quantizers(model)):
         if quantizer.layout.batched:
-            _replace(model, name, activation_of(model, name, quantizer, rows))
+            _replace(model, name, activation_of(model, name, quantizer, keys))
     for module in list(model.modules()):
         if isinstance(module, AttentionSites):
             _use_graph_attention(module)

@@ -26,34 +26,37 @@ from qat.sites.hooks import watching
 from qat.sites.insert import quantizers
 
 
-class Row(NamedTuple):
+class Keys(NamedTuple):
     """What a softmax is given.
 
     Args:
-        keys: the length of a row.
+        length: of a row.
         masked: whether a mask is added.
     """
 
-    keys: int
+    length: int
     masked: bool
 
 
-Rows = Mapping[str, Row]  # by the name of the site
+KeysOfSites = Mapping[str, Keys]  # by the name of the site
 
 
 @contextmanager
-def rows_of(model: nn.Module) -> Iterator[dict[str, Row]]:
+def keys_of(model: nn.Module) -> Iterator[dict[str, Keys]]:
     """The rows of every softmax in integers that a forward inside the block reaches.
 
     Raises:
         QatError: a softmax is given rows of several lengths.
     """
-    found: dict[str, Row] = {}
+    found: dict[str, Keys] = {}
 
     def note(name: str, args: tuple[Any, ...]) -> None:
-        row = Row(args[0].shape[-1], len(args) > 1 and args[1] is not None)
-        if found.setdefault(name, row) != row:
-            raise QatError(f"site {name!r} is given {found[name]} and {row}: there is no ONNX form for it")
+        given = Keys(args[0].shape[-1], len(args) > 1 and args[1] is not None)
+        if found.setdefault(name, given) != given:
+            raise QatError(
+                f"site {name!r} is given rows of several lengths, for which LogIntSoftmax has no ONNX form: choose "
+                "another quantizer there, or --format safetensors"
+            )
 
     with watching({name: q for name, q in quantizers(model) if q.replaces_softmax}, before=note):
         yield found
@@ -64,7 +67,7 @@ class SoftmaxSite(nn.Module):
 
     Args:
         quantizer: calibrated.
-        row: what it is given, on which the exponentials depend.
+        given: what it is given, on which the exponentials depend.
     """
 
     step: Tensor
@@ -72,11 +75,11 @@ class SoftmaxSite(nn.Module):
     thresholds: Tensor
     values: Tensor
 
-    def __init__(self, quantizer: LogIntSoftmaxQuantizer, row: Row) -> None:
+    def __init__(self, quantizer: LogIntSoftmaxQuantizer, given: Keys) -> None:
         super().__init__()
         spec, zero = quantizer.spec, float(quantizer.zero_point)
         self.low, self.high = -zero, 2.0**spec.logit_bits - 1 - zero
-        exps, farthest = quantizer.exponentials(row.keys, LONGEST if row.masked else 2**spec.logit_bits)
+        exps, farthest = quantizer.exponentials(given.length, LONGEST if given.masked else 2**spec.logit_bits)
         self.reach = float(farthest) + 2**spec.logit_bits
         values = quantizer.decode(torch.arange(spec.levels))
         thresholds = filled(1.5 * torch.arange(spec.levels - 1, dtype=torch.float64).exp2())  # where a power is next
@@ -102,7 +105,7 @@ class NormSite(ActivationSite):
     Args:
         name: of the site.
         quantizer: calibrated.
-        gamma, beta: weight and bias of the norm (C,).
+        gamma, beta: weight and bias of the norm (C,), if it has them.
     """
 
     G: Tensor
@@ -111,7 +114,7 @@ class NormSite(ActivationSite):
     units: Tensor
     norm_step: Tensor
 
-    def __init__(self, name: str, quantizer: IntegerNormQuantizer, gamma: Tensor, beta: Tensor) -> None:
+    def __init__(self, name: str, quantizer: IntegerNormQuantizer, gamma: Tensor | None, beta: Tensor | None) -> None:
         if quantizer.spec.arithmetic != "integer":
             raise QatError(
                 f"site {name!r} has {quantizer.spec}, for which there is no ONNX form: choose arithmetic: integer"
@@ -119,6 +122,10 @@ class NormSite(ActivationSite):
         step, zero = quantizer.step.detach(), quantizer.zero_point
         one = torch.ones_like(step)
         super().__init__(name, Grid(one, -zero, quantizer.spec.qmax - zero, None, quantizer.layout))
+        gamma, beta = (
+            torch.ones_like(step) if gamma is None else gamma,
+            torch.zeros_like(step) if beta is None else beta,
+        )
         G, B = fixed_point(gamma.detach().double() / step.double(), beta.detach().double() / step.double())
         powers = torch.arange(MANTISSA, EXACT_BITS, dtype=torch.float64).exp2()
         thresholds = filled(powers)
@@ -129,7 +136,7 @@ class NormSite(ActivationSite):
         self.register_buffer("thresholds", thresholds)
         self.register_buffer("units", torch.cat([units, units[-1:].expand(len(thresholds) + 1 - len(units))]))
 
-    def forward(self, y: Tensor, integers: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, y: Tensor, integers: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         """The values (..., C) that follow from integers (..., C); the other arguments are not read."""
         I = integers.double()  # noqa: E741  as in the equations
         C = I.shape[-1]

@@ -87,15 +87,16 @@ class RoundedWeight(LearnedWeight):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Values between two codes in training, on one of them in evaluation mode."""
-        self._trained = up = self.up() if self.training else (self.V >= 0).to(self.V.dtype)
+        up = self.up() if self.training else (self.V >= 0).to(self.V.dtype)
+        self._trained = up if self.training else None
         return torch.clamp(self.floor + up, self.low, self.high) * self.scale
 
     def regularizer(self, progress: float) -> Tensor | None:
         """The distance of h from 0 and 1."""
+        up, self._trained = self._trained, None
         if progress < self.rule.free or not self.rule.regularizer:
             return None
-        up = self.up() if self._trained is None else self._trained
-        self._trained = None
+        up = self.up() if up is None else up
         bend = (2 * up - 1).abs().pow(self.rule.beta(progress))
         return self.rule.regularizer * (1 - bend).sum()
 
