@@ -112,13 +112,15 @@ def test_training_images_alone_are_enough(recipe, train_only, tmp_path, capsys, 
     with (folder / "quantization.csv").open() as file:
         errors = {row["site"]: float(row["snr_db"]) for row in csv.DictReader(file) if row["snr_db"]}
     assert errors == pytest.approx(results["calibration"]["snr_db"])
-    how, size, worst, saved, validate, fit = capsys.readouterr().out.splitlines()
+    how, size, worst, saved, validate, fit, export = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"calibrated by RepQViT on 8 images in \d+\.\d s, peak memory \d+ MB", how)
     assert "MB with weights packed at their width" in size
     assert worst.count("dB") == 3
     assert saved == f"checkpoint: {folder / 'ptq.ckpt'}"
     assert validate == f"next: qat validate --ckpt {folder / 'ptq.ckpt'} --data.root DIR"
-    assert fit == f"next: qat fit --config {recipe} --model.quant_checkpoint {folder / 'ptq.ckpt'} --data.root DIR"
+    command_of_fit = f"next: qat fit --config {recipe} --model.quant_checkpoint {folder / 'ptq.ckpt'} --data.root DIR"
+    assert fit == f"{command_of_fit} --trainer.max_steps 800 --model.lr 2e-05 --model.step_lr 1e-05"
+    assert export == f"next: qat export --ckpt {folder / 'ptq.ckpt'} --format onnx --output {folder / 'ptq.onnx'}"
     again = run(shlex.split(validate.replace("DIR", str(images)))[2:])
     with torch.no_grad():
         assert torch.equal(again.model(fixed_images), cli.model(fixed_images))
