@@ -29,7 +29,7 @@ class IntegerProducts(L.Callback):
             raise QatError("--integer true: torch multiplies int32 on a CPU alone: add --trainer.accelerator cpu")
         if trainer.precision != "32-true":
             raise QatError(
-                f"--integer true needs float32 between products, and trainer.precision is {trainer.precision}"
+                "--integer true needs float32 between products: leave trainer.precision out, it is " + trainer.precision
             )
         self._simulated = pl_module.model
         pl_module.model = use_integers(copy.deepcopy(pl_module.model))

@@ -1,10 +1,10 @@
 """How far a model that multiplies integers is from the one that simulates them.
 
-In float64 both are the same function, so every code has to be equal (the powers of `AdaLog` are float32 in both). In
-float32 they differ where a sum of products,
-which the simulation rounds at every addition and an integer accumulator does not, falls next to the boundary of two
-codes. One such code changes others behind it; so units are also compared one by one, each on what the simulation gives
-it. Codes that stand for the same value, such as the two zeros of `TwinGelu`, count as equal.
+In float64 both are the same function, but for the powers of `AdaLog`, which the simulation has in float32. In float32
+they differ where a sum of products, which the simulation rounds at every addition and an integer accumulator does not,
+falls next to the boundary of two codes. One such code
+changes others behind it; so units are also compared one by one, each on what the simulation gives it. Codes that stand
+for the same value, such as the two zeros of `TwinGelu`, count as equal.
 """
 
 from __future__ import annotations
